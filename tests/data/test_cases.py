@@ -449,7 +449,11 @@ CASES = {
     ),
     "weights of tokens": ([{"input_ids": [70, 71], "weights": [0.0, 1.0]}], {}, None, "into a column 'loss_mask'"),
     "a list that says every turn is trained": (
-        [{"messages": [ASK, ANSWER], "loss_mask": [1, 1]}], {}, [TURN], "On turns that are no answers it does nothing: --train-on all",
+        [{"messages": [ASK, ANSWER], "loss_mask": [1, 1]}], {}, [TURN], "of turns that are no answers that they are trained, which does nothing: --train-on all",
+    ),
+    "weights of questions that only later rows have": (
+        [{"messages": [ASK, ANSWER]}] * SAMPLE_RECORDS + [{"messages": [{**ASK, "weight": 1}, {**ANSWER, "weight": 1}]}],
+        {}, [TURN] * (SAMPLE_RECORDS + 1), "1 conversation says of turns that are no answers",
     ),
     "what is trained beside null roles": (
         [{"messages": [{"role": None, "from": "human", "value": "A lake?"}, {"role": None, "from": "gpt", "value": "Chiemsee."}], "loss_mask": [1]}], {}, [TURN], "",
@@ -623,9 +627,15 @@ def test_columns_of_later_rows_alone_are_named(tmp_path):
     later = {"messages": [ASK, ANSWER], "system": "Be brief.", "tools": [], "chat_template_kwargs": {"a": 1}}
     found, said = prepared(tmp_path, [*rows, later, later], byte_level())
     assert len(found) == SAMPLE_RECORDS + 2
-    assert "none of the first rows has are not used: 'system' (in 2 rows). To" in said
+    assert "the first rows hold nothing are not used: 'system' (in 2 rows). To" in said
     (tmp_path / "again").mkdir()
     assert "system text in 'system'" in prepared(tmp_path / "again", [later, *rows], byte_level())[1]
+    (tmp_path / "null").mkdir()
+    rated = [
+        {"question": "A lake?", "answer": "Chiemsee.", "weight": weight} for weight in [None] * SAMPLE_RECORDS + [0.5]
+    ]
+    found, said = prepared(tmp_path / "null", rated, byte_level())
+    assert len(found) == SAMPLE_RECORDS + 1 and "hold nothing are not used: 'weight' (in 1 row). To" in said
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -127,12 +127,6 @@ def test_what_every_answer_ends_in_is_its_end_only_if_it_is_a_token_of_the_templ
         assert found.ending == (typed if is_end else None)
 
 
-def test_weights_of_turns_that_are_no_answers_do_nothing():
-    ask, answer = MESSAGES
-    weighed = recognised({"messages": [{**ask, "weight": 1}, {**answer, "weight": 1}]})
-    assert weighed.remarks == ("'weight' on turns that are no answers does nothing: --train-on all trains these too.",)
-
-
 def test_tokens_are_found():
     found = recognised({"input_ids": [1, 2], "labels": [-100, 2], "text": "x"})
     assert found.formatting == Formatting(format="tokens", column="input_ids")

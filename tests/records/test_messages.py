@@ -61,7 +61,7 @@ AS_TEXT = {"type": "function", "function": {**FUNCTION, "arguments": json.dumps(
     ],
 )
 def test_every_form_of_turns_is_the_same_conversation(value):
-    assert read_messages(value, {}) == ([ASK, ANSWER], [True, True])
+    assert read_messages(value, {}) == ([ASK, ANSWER], [None, None])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_what_is_wrong_with_a_turn_is_said_with_its_number(turn, reason):
     ],
 )
 def test_a_turn_says_whether_it_is_trained_and_the_template_does_not_see_it(said, is_trained):
-    assert read_messages([ASK, {**ANSWER, **said}], {}) == ([ASK, ANSWER], [True, is_trained])
+    assert read_messages([ASK, {**ANSWER, **said}], {}) == ([ASK, ANSWER], [None, is_trained])
 
 
 def test_a_pair_keeps_its_system_text_its_input_and_what_it_says_of_its_answer():
@@ -182,7 +182,7 @@ def test_a_pair_keeps_its_system_text_its_input_and_what_it_says_of_its_answer()
     asked = {"role": "user", "content": "A lake?\nIn Bavaria."}
     assert read_messages([pair], {})[0] == [{"role": "system", "content": "Be brief."}, asked, ANSWER]
     thought = {"question": "A lake?", "answer": "It's Chiemsee.", "reasoning_content": "Think.", "weight": 0}
-    assert read_messages([thought], {}) == ([ASK, {**ANSWER, "reasoning_content": "Think."}], [True, False])
+    assert read_messages([thought], {}) == ([ASK, {**ANSWER, "reasoning_content": "Think."}], [None, False])
     words = [["model", "a small car"], ["tool", "a hammer"]]  # questions that happen to be names of roles
     assert read_messages(words[1:], {})[0][0] == {"role": "user", "content": "tool"}
 
@@ -303,7 +303,7 @@ BRIEF, LONG = {"role": "system", "content": "Be brief."}, {"role": "system", "co
 def test_what_two_columns_both_hold_stands_there_once_and_its_answer_is_trained(before, whole):
     found = read_conversation({"m": before, "c": whole}, ConversationColumns(messages="m", answer="c"))
     assert found.messages == [BRIEF, ASK, ANSWER]
-    assert found.trained == [True, True, True] and not found.asked[-1] and len(found.asked) == 3
+    assert found.trained == [None, None, None] and not found.asked[-1] and len(found.asked) == 3
 
 
 def test_two_columns_whose_system_turns_differ_are_refused():
@@ -429,8 +429,8 @@ def test_items_of_responses_are_turns_and_a_list_of_them_is_messages_beyond_doub
 def test_what_a_message_beside_items_says_of_itself_is_kept():
     question, thought = FROM_RESPONSES[:2]
     untrained, trained = ({"role": "assistant", "content": "Chiemsee.", "weight": weight} for weight in (0, 1))
-    assert read_messages([question, thought, untrained, question, trained], {})[1] == [True, False, True, True]
-    assert read_messages([question, thought, untrained, trained], {})[1] == [True, False, True]
+    assert read_messages([question, thought, untrained, question, trained], {})[1] == [None, False, None, True]
+    assert read_messages([question, thought, untrained, trained], {})[1] == [None, False, True]
 
 
 @pytest.mark.parametrize("calls", [[FUNCTION], FUNCTION])
@@ -486,5 +486,5 @@ def test_a_system_text_may_be_made_of_parts(system):
 
 def test_what_is_trained_of_a_conversation_does_not_count_its_prompt():
     columns, row = ConversationColumns(messages="m", trained="t"), {"m": [ASK, ANSWER, ASK, ANSWER], "t": [0, 1]}
-    assert read_conversation(row, columns).trained == [True, False, True, True]
+    assert read_conversation(row, columns).trained == [None, False, None, True]
     assert read_conversation({**row, "m": row["m"][:3]}, columns, is_prompt=True).messages == row["m"][:3]

@@ -141,7 +141,7 @@ class PreparationStatistics:
         if self.unseen:
             report(
                 Caution(
-                    f"Columns that none of the first rows has are not used: {_name_most(self.unseen, 'row')}. To have them "
+                    f"Columns in which the first rows hold nothing are not used: {_name_most(self.unseen, 'row')}. To have them "
                     "recognised, put one of these rows first."
                 )
             )
@@ -154,6 +154,14 @@ class PreparationStatistics:
             )
         if unread := self._keys(UNREAD):
             report(Notice(f"Keys of messages that are not used: {_name_most(unread, 'conversation')}."))
+        if count := counts["weighed"]:
+            says = "says" if count == 1 else "say"
+            report(
+                Notice(
+                    f"{format_count(count, 'conversation')} {says} of turns that are no answers that they are trained, which "
+                    "does nothing: --train-on all trains these too."
+                )
+            )
         if count := counts["closed"]:
             lacked = (
                 "the beginning or end token that it lacked"

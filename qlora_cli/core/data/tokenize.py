@@ -34,7 +34,9 @@ class TokeniserSettings:
     vocabulary_size: int
     on_lost_content: str = "stop"
     rules: RowRules = field(default_factory=RowRules)
-    columns: frozenset[str] | None = None  # that the first rows have; None: whichever there are
+    columns: frozenset[str] | None = (
+        None  # in which the first rows hold something, or that are used; None: all there are
+    )
 
 
 @dataclass
@@ -51,11 +53,11 @@ class TokenisedChunk:
             rows); closed (pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained); unanswered
             (conversations whose last messages had no answer and were left out); unfolded (conversations that became a
             row for each answer); moved (conversations whose system turns were put where the chat template prints
-            them); hollow (conversations in which it writes an empty thought before trained answers); lost_text,
+            them); weighed (conversations that say of turns which are no answers that they are trained); hollow (conversations in which it writes an empty thought before trained answers); lost_text,
             lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out); unread_KEY
             (conversations with a key of messages that nothing reads); doubled_KEY (objects that hold a key twice).
         dropped: Reason → records left out.
-        unseen: Column that none of the first rows has → records that hold something in it.
+        unseen: Column in which the first rows hold nothing → records that hold something in it.
         bad_rows: In order.
         source_bytes: As in Chunk.
     """

@@ -125,10 +125,13 @@ class ChatFormatter:
         if not any(_says_something(messages[i]) for i in answers):
             raise Blank("no answer")
         asked = [False] * len(messages) if train_on == "all" else conversation.asked
-        trained = [number for number, i in enumerate(answers) if conversation.trained[i] and not asked[i]]
+        trained = [number for number, i in enumerate(answers) if conversation.trained[i] is not False and not asked[i]]
         trained = trained[-1:] if train_on == "last" else trained
         if not any(_says_something(messages[answers[number]]) for number in trained):
             raise Blank("no answer that the data lets be trained")
+        said = zip(conversation.trained, messages, strict=True)
+        weighed = any(is_trained and message["role"] != "assistant" for is_trained, message in said)
+        self._counts["weighed"] += weighed and train_on != "all"
         self._counts["unanswered"] += answers[-1] + 1 < len(messages)
         upto = answers[trained[-1]] + 1
         if upto < len(messages):

@@ -4,14 +4,13 @@ import re
 import shlex
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import chat_formatting, own_template
-from qlora_cli.core.recognition.columns import ANSWERS, ASKING, CONVERSATIONS, Columns, list_names, named_like_answers
+from qlora_cli.core.recognition.columns import ANSWERS, CONVERSATIONS, Columns, list_names, named_like_answers
 from qlora_cli.core.recognition.layouts import refuse_without_answers
 from qlora_cli.core.recognition.pairs import Pair, is_nested
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
@@ -19,11 +18,9 @@ from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending, na
 from qlora_cli.core.records.conversation import ConversationColumns, read_conversation
 from qlora_cli.core.records.messages import (
     KNOWN_ROLES,
-    TRAINED_KEYS,
     holds_messages,
     is_transcript,
     turns_of,
-    yes_or_no,
 )
 from qlora_cli.core.records.parts import system_text
 from qlora_cli.core.records.record import BadField
@@ -299,7 +296,7 @@ def recognise_chat(
         formatting,
         train_on,
         f"{where}, {whose}, {describe_trained(train_on)}",
-        (*remarks, *formatting.unread_settings(), *_idle_flags(columns, found, train_on)),
+        (*remarks, *formatting.unread_settings()),
         used=used,
         rules=RowRules(answers=found.answer if found.answer and is_nested(columns, found.answer) else None),
         rejected=rejected if (found.answer or found.messages) == chosen else None,
@@ -316,21 +313,6 @@ def _said_in(columns: Columns, found: ConversationColumns) -> tuple[list[str], l
             for message, asked in zip(read.messages, read.asked, strict=True):
                 (answers if message["role"] == "assistant" and not asked else others).append(message["content"])
     return answers, others
-
-
-def _idle_flags(columns: Columns, found: ConversationColumns, train_on: str) -> list[str]:
-    """That a key of messages does nothing which would train others than answers."""
-    names = [name for name in (found.messages, found.history, found.prompt, found.answer) if name]
-    values = [value for name in names for value in columns.values(name)]
-    turns = [turn for value in values for turn in turns_of(value) or () if isinstance(turn, dict)]
-    whose = list(chain.from_iterable(map(columns.roles_of, values)))
-    asking = [turn for turn, role in zip(turns, whose, strict=True) if role in ASKING]
-    key = next((key for key in TRAINED_KEYS if any(yes_or_no(turn.get(key)) for turn in asking)), None)
-    return (
-        [f"{key!r} on turns that are no answers does nothing: --train-on all trains these too."]
-        if key and train_on != "all"
-        else []
-    )
 
 
 def _template_of(settings: DataSettings, encoder: TextEncoder) -> tuple[str, str | None, str]:

@@ -32,7 +32,7 @@ from qlora_cli.core.recognition.recognised import Recognised, are_named, name_co
 from qlora_cli.core.recognition.selection import with_selection
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.media import holds_some, kind_of, named_like
-from qlora_cli.core.records.record import NULLS, Record, field_at, fields_in, why_unread
+from qlora_cli.core.records.record import NOTHING, NULLS, Record, field_at, fields_in, why_unread
 from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import DataSettings
@@ -74,7 +74,8 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
     is_restated = settings.format == format_ == _format_without_flag(columns, settings, pair)
     recognised = with_selection(columns, recognised, settings, is_restated=is_restated)
     recognised = _with_unused(columns, recognised)
-    recognised = replace(_without_media(columns, recognised, settings), columns=frozenset().union(*records))
+    held = {name for record in records for name, value in record.items() if value not in NOTHING}
+    recognised = replace(_without_media(columns, recognised, settings), columns=frozenset(held.union(recognised.used)))
     return replace(recognised, rules=replace(recognised.rules, fields=inner)) if inner else recognised
 
 
@@ -161,9 +162,9 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
         )
     refuse_unnamed_turns(columns)
     named = columns.find(CONVERSATIONS[:-1])
-    texts = [v for v in columns.values(named) if isinstance(v, str) and v.lstrip()[:1] in ("[", "{")] if named else []
-    if texts:
-        reason = next(filter(None, map(why_unread, texts)), "is a list or an object of something else")
+    nested = [v for v in columns.values(named) if isinstance(v, str) and v.lstrip()[:1] in ("[", "{")] if named else []
+    if named and nested:
+        reason = next(filter(None, map(why_unread, nested)), "is a list or an object of something else")
         raise DataError(
             f"Column {named!r} seems to hold messages as text, which {reason}.",
             f"Write it as JSON, or train it as it is: --text-column {shlex.quote(named)}",

@@ -21,7 +21,7 @@ class Recognised:
         rules: What is left out of rows, or unwrapped in them, before.
         rejected: The column of answers that those trained are preferred to.
         unused: Columns that have no part in it.
-        columns: Names of all that the first rows have, by which it was found.
+        columns: Names of those in which the first rows hold something, by which it was found, and of those used.
     """
 
     formatting: Formatting

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from qlora_cli.core.recognition.columns import ASKING, Columns
+from qlora_cli.core.recognition.columns import Columns
 from qlora_cli.core.recognition.recognised import Recognised, are_named
 from qlora_cli.core.records.messages import TRAINED_KEYS, number_in, yes_or_no
-from qlora_cli.core.records.record import Record, decode_nested
+from qlora_cli.core.records.record import decode_nested
 from qlora_cli.errors import DataError
 from qlora_cli.settings.groups import DataSettings
 
@@ -82,10 +82,6 @@ def _with_trained(columns: Columns, recognised: Recognised, settings: DataSettin
     if are_flags and talk and talk.messages and not (talk.answer or talk.trained):
         formatting = replace(recognised.formatting, conversation=replace(talk, trained=name))
         remark = f"Column {name!r} says which messages are trained; {every_row} trains every answer."
-        if recognised.train_on != "all" and any(
-            _flags_questions(columns, row, talk.messages, name) for row in columns.records
-        ):
-            remark += " On turns that are no answers it does nothing: --train-on all trains these too."
         return replace(_with_rule(recognised, name, remark), formatting=formatting)
     weighs = name.lower() in WEIGHING and bool(every) and all(number_in(value) is not None for value in every)
     if not weighs:
@@ -97,15 +93,6 @@ def _with_trained(columns: Columns, recognised: Recognised, settings: DataSettin
         ("Write 0 or 1 for each token into a column 'loss_mask'" if is_mask else "Write 0 or 1 for each row")
         + f", or train on all of them alike: {every_row}",
     )
-
-
-def _flags_questions(columns: Columns, row: Record, messages: str, flags: str) -> bool:
-    """Whether a row's list of what is trained says so of a turn that is no answer."""
-    said = decode_nested(row[flags]) if isinstance(row.get(flags), str) else row.get(flags)
-    roles = columns.roles_of(row.get(messages))
-    if not isinstance(said, list) or len(said) != len(roles):
-        return False
-    return any(role in ASKING and yes_or_no(flag) for role, flag in zip(roles, said, strict=True))
 
 
 def _with_rule(recognised: Recognised, name: str, remark: str, **rules: Any) -> Recognised:

@@ -18,8 +18,8 @@ class Conversation:
     Attributes:
         messages: `role`, `content` (text, never null), and what else the data has; `tool_calls` is there only where
             there are calls, and their arguments are objects.
-        trained: For each message, whether the data lets it be trained (see `TRAINED_KEYS`); what is no answer
-            of the assistant is not trained in any case.
+        trained: For each message, whether the data says that it is trained (see `TRAINED_KEYS`), or says nothing (None);
+            what is no answer of the assistant is not trained in any case.
         asked: For each message, whether it is of the prompt of a prompt and completion: its answers are context.
         tools: Descriptions of tools, or None.
         documents: For templates that print documents, or None.
@@ -27,7 +27,7 @@ class Conversation:
     """
 
     messages: list[Message]
-    trained: list[bool]
+    trained: list[bool | None]
     asked: list[bool]
     tools: list[Record] | None = None
     documents: list[Record] | None = None
@@ -126,7 +126,7 @@ class _Reader:
 
     def __init__(self, roles: Mapping[str, str]) -> None:
         self.messages: list[Message] = []
-        self.trained: list[bool] = []
+        self.trained: list[bool | None] = []
         self.asked: list[bool] = []
         self._roles = roles
 
@@ -161,9 +161,9 @@ class _Reader:
             self.trained += trained[repeated:]
             self.asked += [False] * (len(messages) - repeated)
 
-    def _read(self, value: Any, column: str | None, role: str | None) -> tuple[list[Message], list[bool]]:
+    def _read(self, value: Any, column: str | None, role: str | None) -> tuple[list[Message], list[bool | None]]:
         if role is not None and isinstance(value, str) and not holds_messages(value):
-            return [{"role": role, "content": value}], [True]
+            return [{"role": role, "content": value}], [None]
         try:
             return read_messages(value, self._roles, first=len(self.messages) + 1)
         except BadField as reason:
@@ -218,7 +218,7 @@ def _add_system(reader: _Reader, text: Any, column: str | None) -> None:
     first = reader.messages[0]
     if first["role"] != "system":
         reader.messages.insert(0, {"role": "system", "content": text})
-        reader.trained.insert(0, True)
+        reader.trained.insert(0, None)
         reader.asked.insert(0, False)
     elif first["content"].strip() != text.strip():
         raise BadField(f"field {column!r} differs from the system turn that the conversation has")

@@ -210,8 +210,8 @@ def _turns_of_object(value: Record) -> list[Any] | None:
     return [*turns, {"role": "user", "content": question}, {**rest, "role": "assistant", "content": value[answered]}]
 
 
-def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple[list[Message], list[bool]]:
-    """Messages as `role` and `content`, and of each whether the data lets it be trained.
+def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple[list[Message], list[bool | None]]:
+    """Messages as `role` and `content`, and of each whether the data says that it is trained, or says nothing (None).
 
     Calls that stand in turns of their own become `tool_calls` of the assistant's turn before them, or of a new one.
     Keys whose value says nothing (null, no calls) are left out.
@@ -232,13 +232,13 @@ def read_messages(value: Any, roles: Mapping[str, str], first: int = 1) -> tuple
             raise BadField(f"message {first + index} {what}")
         raise BadField(f"is {describe_type(value)}, no list of messages")
     messages: list[Message] = []
-    trained: list[bool] = []
+    trained: list[bool | None] = []
     are_texts = all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns)  # as most are
     for number, turn in enumerate(turns, start=first) if are_texts else _plain(turns, first):
         message, is_trained = _read_message(turn, number, roles)
         if message["role"] == CALL:
             calls = [wrap_call(call) for call in read_calls(decode_nested(message["content"]), number)]
-            if messages and messages[-1]["role"] == "assistant" and is_trained == trained[-1]:
+            if messages and messages[-1]["role"] == "assistant" and (is_trained is False) == (trained[-1] is False):
                 messages[-1] = {**messages[-1], "tool_calls": [*messages[-1].get("tool_calls", []), *calls]}
                 continue
             message = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -256,11 +256,11 @@ def _plain(turns: list[Any], first: int) -> Iterator[tuple[int, Any]]:
             yield number, plain
 
 
-def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Message, bool]:
+def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Message, bool | None]:
     if not isinstance(turn, dict):
         raise BadField(f"message {number} is {describe_type(turn)}, not an object")
     if len(turn) == 2 and turn.get("role") in PLAIN_ROLES and isinstance(turn.get("content"), str) and not roles:
-        return turn, True  # most turns of most data
+        return turn, None  # most turns of most data
     role_key = next((key for key in ROLE_KEYS if isinstance(turn.get(key), str)), None)
     if role_key is None:
         raise BadField(f"message {number} has no role")
@@ -286,19 +286,19 @@ def _read_message(turn: Any, number: int, roles: Mapping[str, str]) -> tuple[Mes
     return {**message, "role": role, "content": content}, _is_trained(turn, number)
 
 
-def _is_trained(turn: Record, number: int) -> bool:
-    """Whether the data lets a turn be trained; it does unless it says otherwise.
+def _is_trained(turn: Record, number: int) -> bool | None:
+    """Whether the data says that a turn is trained; None where it says nothing.
 
     Raises:
         BadField: It says neither yes nor no.
     """
-    wanted = True
+    wanted = None
     for key in TRAINED_KEYS:
         if (value := turn.get(key)) is None:
             continue
         if (says := yes_or_no(value)) is None:
             raise BadField(f"the {key!r} of message {number} is {value!r}; a turn is trained (1) or is not (0)")
-        wanted = wanted and says
+        wanted = says and wanted is not False
     return wanted
 
 
@@ -328,8 +328,8 @@ def with_flags(value: Any, flags: Any, column: str, roles: Mapping[str, str]) ->
     turns, flags = turns_of(value), decode_nested(flags) if isinstance(flags, str) else flags
     if flags in (None, "") or turns is None or not all(isinstance(turn, dict) for turn in turns):
         return value
-    flags = flags if isinstance(flags, list) else [flags] * len(turns)
     answers = [i for i, turn in enumerate(turns) if role_of(turn, roles) in ("assistant", CALL)]
+    flags = flags if isinstance(flags, list) else [flags] * len(answers)
     if len(flags) not in (len(turns), len(answers)):
         raise BadField(
             f"field {column!r} has {len(flags)} entries, but the conversation has {len(turns)} messages, "
