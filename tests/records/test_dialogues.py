@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_cli.core.records.dialogues import headings_of, split_dialogue
+from qlora_cli.core.records.dialogues import are_keys, headings_of, split_dialogue
 
 TURNS = [("user", "A lake?"), ("assistant", "Chiemsee.")]
 
@@ -32,3 +32,20 @@ TURNS = [("user", "A lake?"), ("assistant", "Chiemsee.")]
 def test_a_dialogue_is_split_at_its_own_headings(text, turns):
     assert split_dialogue(text) == (turns and [{"role": role, "content": content} for role, content in turns])
     assert (headings_of(text) is None) == (turns is None)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_code"),
+    [
+        ("services:\n  user: root\n  image: x\n  response: json\n", True),
+        ("class Said:\n    user: str\n    assistant: str\n    id: int\n", True),
+        ("name: a\nport: 8080\nhost: b\nuser: root\nresponse: json\n", True),
+        ("context: Bavaria\ntitle: Lakes\nquestion: A lake?\nanswer: Chiemsee.", False),
+        ("user: YAML, please\nassistant: Here:\nname: x\nport: 1\nhost: y\n", False),
+        ("  user: A lake?\n  bot: Chiemsee.", False),
+        ("Id: 1\nDate: today\nTitle: Lakes\nUser: A lake?\nAssistant: Chiemsee.", False),
+        ("Just words.", False),
+    ],
+)
+def test_keys_of_yaml_and_fields_in_code_are_told_from_headings(text, is_code):
+    assert are_keys(text) == is_code

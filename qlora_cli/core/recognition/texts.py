@@ -7,7 +7,7 @@ from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names, named_like_answers
 from qlora_cli.core.recognition.recognised import Recognised
-from qlora_cli.core.records.dialogues import headings_of
+from qlora_cli.core.records.dialogues import are_keys, headings_of
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import COLUMN_FLAGS, DataSettings
 
@@ -114,7 +114,7 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
 
 def _shared_headings(columns: Columns, column: str) -> tuple[str, str] | None:
     """The headings of question and answer in the first text of a column that holds dialogues."""
-    if not columns.holds(column, lambda value: isinstance(value, str) and headings_of(value) is not None):
+    if not columns.holds(column, lambda v: isinstance(v, str) and headings_of(v) is not None and not are_keys(v)):
         return None
     texts = (value for value in columns.values(column) if isinstance(value, str))
     return next(filter(None, map(headings_of, texts)))

@@ -19,6 +19,11 @@ _HEADING = re.compile(
 _OPTION_B = re.compile(r"^[ \t]*(?:\*\*)?B ?:", re.IGNORECASE | re.MULTILINE)  # the "A:" above it is an option, too
 
 
+# A key of YAML, an argument or a field of code.
+_KEY = re.compile(r"^(?P<indent>[ \t]*)(?P<name>[a-z_][\w.-]*)\??:", re.MULTILINE)
+KEYS_BEFORE = 3  # an answer that make its heading one of them; "context:" and "title:" may stand before a question
+
+
 class _Heading(NamedTuple):
     text: str
     role: str
@@ -29,11 +34,24 @@ class _Heading(NamedTuple):
 
 def headings_of(text: str) -> tuple[str, str] | None:
     """The headings of the first question of a dialogue and of the answer to it; None where a text is none."""
-    found = _find(text)
+    asked, answered = _first_of_each(_find(text))
+    return (asked.text, answered.text) if asked and answered else None
+
+
+def are_keys(text: str) -> bool:
+    """Whether the headings of a text that may be a dialogue are rather keys of YAML, or names in code, among others."""
+    asked, answered = _first_of_each(_find(text))
+    if asked is None or answered is None or asked.style != ("", ":") or not asked.text.islower():
+        return False
+    indent = text[asked.start : asked.end].partition(asked.text)[0]
+    keys = [key for key in _KEY.finditer(text) if key["indent"] == indent and key["name"] not in NAMES]
+    return bool(keys) if indent else sum(key.start() < answered.start for key in keys) >= KEYS_BEFORE
+
+
+def _first_of_each(found: list[_Heading]) -> tuple[_Heading | None, _Heading | None]:
     asked = next((heading for heading in found if heading.role == "user"), None)
     replies = (h for h in found if asked and h.role == "assistant" and h.style == asked.style and h.start > asked.start)
-    answered = next(replies, None)
-    return (asked.text, answered.text) if asked and answered else None
+    return asked, next(replies, None)
 
 
 def split_dialogue(text: str) -> list[dict[str, str]] | None:
