@@ -254,7 +254,7 @@ RULES = {  # rule → where it stands, and what stands there without it
     "thoughts are dropped": (renderer, "keep_thoughts", lambda messages, wanted: messages),
     "thoughts are named": (renderer, "doubles_thoughts", lambda attempt, template: False),
     "tags that stand twice are seen": (check, "_check_wrappers", lambda *_: iter(())),
-    "empty thoughts are seen": (plan, "empty_thought", lambda *_: False),
+    "empty thoughts are seen": (plan, "writes_empty_thought", lambda *_: False),
     "names of thoughts are shared": (thoughts, "share_names", lambda message: message),
     "white space after a stop mark is left": (printer.ChatPrinter, "trim", lambda self, answer: answer),
 }  # fmt: skip

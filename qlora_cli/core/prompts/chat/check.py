@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Any
 
 from qlora_cli.core.prompts.chat.parts import MarkedConversation, Part, Plain, plain_of_tools
@@ -111,7 +112,14 @@ def _check_order(conversation: MarkedConversation, skeleton: Skeleton) -> Iterat
         latest = max(latest, number)
 
 
-def empty_thought(conversation: MarkedConversation, skeleton: Skeleton, turn: int, span: Span) -> bool:
+def writes_empty_thought(conversation: MarkedConversation, skeleton: Skeleton, spans: dict[int, Span]) -> bool:
+    """Whether one of these answers begins with an empty thought that its message does not hold; see `_has_empty_thought`."""
+    if EMPTY.search(skeleton.text) is None:
+        return False
+    return any(_has_empty_thought(conversation, skeleton, turn, span) for turn, span in spans.items())
+
+
+def _has_empty_thought(conversation: MarkedConversation, skeleton: Skeleton, turn: int, span: Span) -> bool:
     """Whether an answer begins with an empty thought that its message does not hold, or goes on behind one that the prompt
     opens."""
     own = [
@@ -141,15 +149,13 @@ def _check_wrappers(
                 yield Fault(part.message, part.kind, part.name, f"writes {match[1]} once more around")
     thinking = {part.message: part for part in parts if part.kind == "thought"}
     for turn in trained & thinking.keys():
-        if empty_thought(conversation, skeleton, turn, spans[turn]):
+        if _has_empty_thought(conversation, skeleton, turn, spans[turn]):
             yield Fault(turn, "thought", thinking[turn].name, "writes an empty thought before")
 
 
 def _without_marks(skeleton: Skeleton) -> str:
-    text = skeleton.text
-    for start, end in zip(skeleton.starts, skeleton.ends, strict=True):
-        text = text[:start] + "\0" * (end - start) + text[end:]
-    return text
+    blanks = ("\0" * (end - start) for start, end in zip(skeleton.starts, skeleton.ends, strict=True))
+    return "".join(chain.from_iterable(zip_longest(skeleton.literals, blanks, fillvalue="")))
 
 
 def _holds(text: str, plain: Plain) -> bool:

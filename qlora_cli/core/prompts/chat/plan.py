@@ -1,10 +1,11 @@
 """Plan of a conversation's shape: which rows it becomes, where the answers stand in them, and what the template leaves out."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qlora_cli.core.prompts.chat.check import LEFT_OUT, Fault, check_row, empty_thought
+from qlora_cli.core.prompts.chat.check import LEFT_OUT, Fault, check_row, writes_empty_thought
 from qlora_cli.core.prompts.chat.parts import MarkedConversation, Marker, Message
 from qlora_cli.core.prompts.chat.printer import ChatPrinter, RenderError
 from qlora_cli.core.prompts.chat.skeleton import Place, Skeleton
@@ -135,6 +136,7 @@ class Planner:
         mark = self._marker.keep if self._by_words else self._marker.mark
         self._conversation: MarkedConversation = mark(messages)
         self._printed: dict[tuple[int, bool], str | RenderError] = {}
+        self._spans: tuple[Skeleton | None, dict[int, list[Span]]] = (None, {})  # of the marks of each message
         self._answers: list[int] = []  # numbers of the messages that are answers
         whole = len(messages)
         if self._options.prompt_only:
@@ -171,9 +173,10 @@ class Planner:
             faults = check_row(
                 self._conversation, row.skeleton, row.upto, spans, trained, self._tools, self._marker.doubled
             )
-            plan.hollow |= any(empty_thought(self._conversation, row.skeleton, turn, spans[turn]) for turn in trained)
+            own = {turn: spans[turn] for turn in trained}
+            plan.hollow |= writes_empty_thought(self._conversation, row.skeleton, own)
             plan.faults = list(dict.fromkeys([*plan.faults, *faults]))
-            plan.void |= {self._answers.index(turn) for turn in trained if self._is_void(turn, faults)}
+            plan.void |= {self._answers.index(turn) for turn in trained if faults and self._is_void(turn, faults)}
         return plan
 
     def _is_void(self, turn: int, faults: list[Fault]) -> bool:
@@ -309,12 +312,12 @@ class Planner:
         return opened + len(header) if opened >= 0 else None
 
     def _marks_of(self, skeleton: Skeleton, message: int) -> list[Span]:
-        parts = self._conversation.parts
-        return [
-            (start, end)
-            for number, start, end in zip(skeleton.marks, skeleton.starts, skeleton.ends, strict=True)
-            if parts[number].message == message and parts[number].kind != "id"
-        ]
+        if self._spans[0] is not skeleton:
+            self._spans = (skeleton, defaultdict(list))
+            for number, start, end in zip(skeleton.marks, skeleton.starts, skeleton.ends, strict=True):
+                if (part := self._conversation.parts[number]).kind != "id":
+                    self._spans[1][part.message].append((start, end))
+        return self._spans[1].get(message, [])
 
     def _skeleton(self, text: str) -> Skeleton:
         if self._by_words:

@@ -1,6 +1,7 @@
 """Skeleton of a rendered conversation: the template's own words, and the places where those of the messages stand."""
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -74,7 +75,7 @@ class Skeleton:
 
     def place_of(self, position: int) -> Place:
         """A position in `text` that is not within a mark, as a place."""
-        before = sum(end <= position for end in self.ends)
+        before = bisect_right(self.ends, position)
         return before, position - (self.ends[before - 1] if before else 0)
 
     def match(self, text: str, parts: Sequence[Part]) -> list[int] | None:
