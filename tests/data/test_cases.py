@@ -671,6 +671,24 @@ def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path):
     assert found == [json.dumps([tool]) + TURN, TURN, TURN], said
 
 
+@pytest.mark.parametrize("prints_ids", [True, False])
+def test_results_of_calls_stand_in_their_order_where_no_ids_are_printed(prints_ids, tmp_path):
+    """Tools that are called at once answer when they are done, and a template without ids goes by the order."""
+    tokenizer = deepcopy(byte_level())
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+        "{{ m.tool_call_id if m.role == 'tool' else '' }}<|im_end|>{% endfor %}"
+        "{{ '<|im_start|>assistant' if add_generation_prompt }}"
+    ).replace("m.tool_call_id", "m.tool_call_id" if prints_ids else "''")
+    calls = [{"id": f"call-{n}", "function": {"name": n, "arguments": {}}} for n in ("depth", "height")]
+    results = [{"role": "tool", "tool_call_id": f"call-{n}", "content": n} for n in ("height", "depth")]
+    calling = {"role": "assistant", "content": "", "tool_calls": calls}
+    found, said = prepared(tmp_path, [{"messages": [ASK, calling, *results, ANSWER]}], tokenizer)
+    (row,) = found
+    assert (row.index("toolheight") < row.index("tooldepth")) == prints_ids, row
+    assert ("1 conversation has results of tools in another order" in said) == (not prints_ids)
+
+
 def test_control_tokens_that_are_ordinary_added_tokens_are_letters_where_they_are_typed(tmp_path):
     tokenizer = deepcopy(byte_level())
     tokenizer.add_tokens(["<｜User｜>", "<｜Assistant｜>"])

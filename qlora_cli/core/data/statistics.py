@@ -193,6 +193,14 @@ class PreparationStatistics:
                     "not print as they stand; they were put into its system turn, or into the user turn that follows."
                 )
             )
+        if count := counts["reordered"]:
+            has = "has" if count == 1 else "have"
+            report(
+                Notice(
+                    f"{format_count(count, 'conversation')} {has} results of tools in another order than the calls, and the "
+                    "chat template prints no ids: they were put into the order of the calls."
+                )
+            )
         if count := counts["hollow"]:
             report(
                 Notice(

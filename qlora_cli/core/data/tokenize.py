@@ -52,10 +52,12 @@ class TokenisedChunk:
         counts: records (read, good and bad); truncated (rows cut at the limit); split (records that became several
             rows); closed (pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained); unanswered
             (conversations whose last messages had no answer and were left out); unfolded (conversations that became a
-            row for each answer); moved (conversations whose system turns were put where the chat template prints
-            them); weighed (conversations that say of turns which are no answers that they are trained); hollow (conversations in which it writes an empty thought before trained answers); lost_text,
-            lost_thought, lost_call, lost_tool (conversations of which the chat template leaves one out); unread_KEY
-            (conversations with a key of messages that nothing reads); doubled_KEY (objects that hold a key twice).
+            row for each answer); moved (conversations whose system turns were put where the chat template prints them);
+            reordered (conversations whose results of tools were put into the order of the calls); weighed
+            (conversations that say of turns which are no answers that they are trained); hollow (conversations in which
+            it writes an empty thought before trained answers); lost_text, lost_thought, lost_call, lost_tool
+            (conversations of which the chat template leaves one out); unread_KEY (conversations with a key of messages
+            that nothing reads); doubled_KEY (objects that hold a key twice).
         dropped: Reason → records left out.
         unseen: Column in which the first rows hold nothing → records that hold something in it.
         bad_rows: In order.

@@ -15,6 +15,7 @@ from qlora_cli.core.prompts.prompt_template import listed, move_spaces
 from qlora_cli.core.records.conversation import Conversation, ConversationColumns, read_conversation
 from qlora_cli.core.records.messages import KNOWN_ROLES, PART_KEYS, ROLE_KEYS, TRAINED_KEYS
 from qlora_cli.core.records.record import NOTHING, BadField, Blank, Record
+from qlora_cli.core.records.tools import in_call_order
 
 if TYPE_CHECKING:
     from qlora_cli.core.prompts.formatting import Formatting
@@ -121,6 +122,9 @@ class ChatFormatter:
         self._counts.update(
             {f"unread_{key}" for message in messages if len(message) > 2 for key in self._unread(message)}
         )
+        said = zip(conversation.trained, messages, strict=True)
+        weighed = any(is_trained and message["role"] != "assistant" for is_trained, message in said)
+        self._counts["weighed"] += weighed and train_on != "all"
         answers = _answers(messages)
         if not any(_says_something(messages[i]) for i in answers):
             raise Blank("no answer")
@@ -129,9 +133,6 @@ class ChatFormatter:
         trained = trained[-1:] if train_on == "last" else trained
         if not any(_says_something(messages[answers[number]]) for number in trained):
             raise Blank("no answer that the data lets be trained")
-        said = zip(conversation.trained, messages, strict=True)
-        weighed = any(is_trained and message["role"] != "assistant" for is_trained, message in said)
-        self._counts["weighed"] += weighed and train_on != "all"
         self._counts["unanswered"] += answers[-1] + 1 < len(messages)
         upto = answers[trained[-1]] + 1
         if upto < len(messages):
@@ -161,7 +162,10 @@ class ChatFormatter:
         )
 
     def _conversation(self, record: Record, *, is_prompt: bool) -> Conversation:
-        """A record's conversation; a role that neither chat templates in general nor this one know stops it."""
+        """A record's conversation; a role that neither chat templates in general nor this one know stops it.
+
+        A template that prints no ids leaves it to the order which result is whose: that of the calls, then.
+        """
         conversation = read_conversation(record, self._columns, is_prompt=is_prompt)
         for number, message in enumerate(conversation.messages, start=1):
             if (role := message["role"]) not in self._roles:
@@ -169,7 +173,11 @@ class ChatFormatter:
                     f"message {number} has the role {role!r}, which the chat template does not know; "
                     f"say whose it is, such as --role {role}=assistant"
                 )
-        return conversation
+        if "tool_call_id" in self._words or not any("tool_calls" in message for message in conversation.messages):
+            return conversation
+        ordered = in_call_order(conversation.messages)
+        self._counts["reordered"] += ordered != conversation.messages
+        return replace(conversation, messages=ordered)
 
     def _chat_rows(
         self, rendered: Rendered | BadField, request: Request, train_on: str

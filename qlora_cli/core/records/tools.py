@@ -125,6 +125,18 @@ def read_calls(value: Any, number: int) -> list[Record]:
     return [_read_call(_parse(call, where) if isinstance(call, str) else call, number) for call in calls]
 
 
+def in_call_order(messages: list[Record]) -> list[Record]:
+    """Messages with the results of several calls in the order of these, where ids say which is whose."""
+    ordered = list(messages)
+    for number, message in enumerate(messages):
+        called = [call.get("id") for call in message.get("tool_calls", [])]
+        turns = messages[number + 1 : number + 1 + len(called)]
+        ids = [str(turn.get("tool_call_id")) for turn in turns if turn["role"] == "tool"]
+        if len(set(ids)) == len(called) > 1 and set(ids) == set(map(str, called)):
+            ordered[number + 1 : number + 1 + len(called)] = [turns[ids.index(str(id))] for id in called]
+    return ordered
+
+
 def calls_in(text: Any) -> list[Any]:
     """The calls that a text is, written as JSON: an object or a list of objects with name and arguments, and no more."""
     value = decode_nested(text) if isinstance(text, str) else None
