@@ -280,6 +280,52 @@ def test_csv_rows_are_numbered_by_lines(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "records", "causes"),
+    [
+        ("rows.csv", "sep=;\r\na;b\r\n1;2,5\r\n", [(3, {"a": "1", "b": "2,5"})], []),
+        (
+            "rows.csv",
+            "\ufeffsep=|\n\na|a\n",
+            [],
+            ["rows.csv:3: the header names a column twice or not at all ('a', 'a')"],
+        ),
+        ("rows.csv", "a|b\n1|2\n", [(2, {"a": "1", "b": "2"})], []),
+        (
+            "rows.csv",
+            "\ufeffa,b\n1,2\n\ufeffa,b\n\ufeff3,4\n",
+            [(2, {"a": "1", "b": "2"}), (4, {"a": "3", "b": "4"})],
+            ["rows.csv:3: the row repeats the header, as where files were joined"],
+        ),
+        ("rows.csv", "word\nword\n", [(2, {"word": "word"})], []),
+        ("rows.jsonl", '\ufeff{"a": 1}\n\ufeff{"a": "\ufeff"}\n', [(1, {"a": 1}), (2, {"a": "\ufeff"})], []),
+    ],
+)
+def test_what_excel_writes_and_files_that_were_joined(tmp_path, name, content, records, causes):
+    assert read(write(tmp_path / name, content)) == (records, causes)
+
+
+@pytest.mark.parametrize(
+    ("content", "are_letters"),
+    [
+        ('q\ta\nOne\tone\n"Two\ttwo\nThree\tthree\nFour"\tfour\nFive\tfive\n', True),
+        ('q\ta\nOne\tone\n"Two" more\ttwo\n', True),
+        ('q\ta\n"Print:\nx"\t"Sure:\n\tx := 1\n"\n', False),
+    ],
+)
+def test_a_quote_that_is_a_letter_takes_no_rows_into_a_field_of_tabs(tmp_path, content, are_letters):
+    chunks = read_chunks(write(tmp_path / "DATA.tsv", content), "DATA.tsv", LIMIT, CHUNK_BYTES)
+    bad = [bad for chunk in chunks for bad in chunk.bad_rows]
+    assert bool(bad) == are_letters
+    if are_letters:
+        command = bad[0].way[bad[0].way.index("python -c") :].rstrip(".").replace("python", sys.executable, 1)
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+        records, causes = read(tmp_path / "clean.tsv")
+        assert not causes and [record["a"] for _, record in records] == [
+            line.split("\t")[1] for line in content.splitlines()[1:]
+        ]
+
+
 HTML = b"<!DOCTYPE html>\n<html><body>404: Not Found</body></html>"
 
 

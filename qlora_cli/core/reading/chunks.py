@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,8 @@ from qlora_cli.core.records.record import Record, problem_of_record
 from qlora_cli.errors import DataError
 from qlora_cli.settings.groups import COLUMN_FLAGS
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARKS = re.compile(b"^" + BYTE_ORDER_MARK, re.MULTILINE)  # also of files that were joined to others
 TEXT_COLUMN = "text"  # of a .txt file
 MESSAGES_COLUMN = "messages"  # of rows that are lists of messages
 RECORDS_A_CHUNK = 1024
@@ -85,9 +88,9 @@ class Chunk:
             self.records.append(record)
             self.lines.append(line)
 
-    def fail(self, line: int | None, cause: str) -> "Chunk":
+    def fail(self, line: int | None, cause: str, way: str = "") -> "Chunk":
         """Adds a bad row, or a bad file (line None); returns this chunk."""
-        self.bad_rows.append(BadRow(self.file, line, cause))
+        self.bad_rows.append(BadRow(self.file, line, cause, way))
         return self
 
     @property
@@ -125,7 +128,7 @@ def parse_chunk(chunk: Chunk, max_line_bytes: int) -> None:
     """Parses a chunk's raw lines into its records and bad rows."""
     if not chunk.raw:
         return
-    raw = chunk.raw.removeprefix(b"\xef\xbb\xbf") if chunk.first_line == 1 else chunk.raw
+    raw = BYTE_ORDER_MARKS.sub(b"", chunk.raw) if BYTE_ORDER_MARK in chunk.raw else chunk.raw
     rows: list[str | bytes] = [raw]
     if chunk.kind != "element":
         try:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 
 from qlora_cli.core.reading.chunks import Chunk
@@ -9,6 +10,10 @@ from qlora_cli.core.records.record import problem_of_record
 
 UNNAMED = ""  # the column without a name in which pandas writes its index
 NAMES_SHOWN = 20
+BYTE_ORDER_MARK = "\ufeff"
+EXCELS = re.compile(rb"(?:\xef\xbb\xbf)?sep=([,;|\t])\s*")  # what may stand before the header, for Excel
+AS_LETTERS = """Where quotes are letters, this writes them so: python -c 'import csv; csv.writer(open("clean.tsv","w",newline=""),\
+delimiter="\\t").writerows(csv.reader(open("DATA.tsv",newline=""),delimiter="\\t",quoting=csv.QUOTE_NONE))'."""
 MOST_COLUMNS = 2**14  # each row is held as an object with all of their names
 
 
@@ -19,20 +24,25 @@ def read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs:
         stream: The file.
         name: How messages call it.
         max_line_bytes: Longest row accepted.
-        tabs: Whether it is separated by tabs; else by commas, or by what its first line has.
+        tabs: Whether it is separated by tabs; else by commas, or by what its first line has or says ("sep=;").
     """
     chunk = Chunk(name)
     head = stream.peek(1).partition(b"\n")[0]
-    delimiter = "\t" if tabs else next((sign for sign in ",;\t" if sign.encode() in head), ",")
+    stated = EXCELS.fullmatch(head)
+    delimiter = "\t" if tabs else next((sign for sign in ",;\t|" if sign.encode() in head), ",")
+    delimiter = stated[1].decode() if stated else delimiter
+    way = AS_LETTERS if delimiter == "\t" else ""
     # Bytes that are not UTF-8 pass as lone surrogates, so that the row which holds them can be named.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     previous_limit = csv.field_size_limit(max_line_bytes)
     lines = _RowLines(text, max_line_bytes)
     try:
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
-        header = next(rows)
+        if stated:
+            next(rows)
+        header = next(filter(None, rows), [])  # blank lines may stand before it
         if problem := _problem_of_header(header):
-            chunk.fail(1, problem)
+            chunk.fail(rows.line_num, problem)
             yield chunk
             return
         lines.take()
@@ -40,7 +50,12 @@ def read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs:
             letters = lines.take()
             if not row:
                 continue
-            if len(row) != len(header):
+            row[0] = row[0].removeprefix(BYTE_ORDER_MARK)
+            if row == header and len(header) > 1:
+                chunk.fail(rows.line_num, "the row repeats the header, as where files were joined")
+            elif delimiter == "\t" and _holds_rows(row, len(header)):
+                chunk.fail(rows.line_num, "a field begins with a quote and holds whole rows up to the next one", way)
+            elif len(row) != len(header):
                 chunk.fail(rows.line_num, f"the row has {len(row)} fields, the header {len(header)}")
             else:
                 chunk.add(dict(zip(header, row, strict=True)), rows.line_num, letters)
@@ -48,12 +63,21 @@ def read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs:
                 yield chunk
                 chunk = Chunk(name)
     except csv.Error as error:
-        chunk.fail(rows.line_num, f"invalid CSV: {error}; what follows cannot be told apart")
+        chunk.fail(rows.line_num, f"invalid CSV: {error}; what follows cannot be told apart", way)
     finally:
         csv.field_size_limit(previous_limit)
         if not stream.closed:
             text.detach()
     yield chunk
+
+
+def _holds_rows(row: list[str], width: int) -> bool:
+    """Whether a field has as many tabs in each of its lines as if the quotes around it were letters."""
+    for index, lines in enumerate(field.split("\n") for field in row[:-1]):
+        tabs = [line.count("\t") for line in lines]
+        if len(lines) > 1 and tabs == [width - 1 - index, *[width - 1] * (len(lines) - 2), index]:
+            return True
+    return False
 
 
 def _problem_of_header(header: list[str]) -> str | None:
