@@ -551,6 +551,9 @@ JOINED = {
     "rows that are trees": ([TREE], [TURN, OTHER]),
     "trees in a column": ([{"tree_id": 1, "prompt": TREE}], [TURN, OTHER]),
     "an export of ChatGPT's": (json.dumps([CHATGPT, {**CHATGPT, "current_node": "s"}, CHATGPT]), [TURN, TURN]),
+    "what was sent to an API and came back": (
+        [{"request": {"model": "m", "messages": [ASK]}, "response": {"choices": [{"message": ANSWER}]}, "ms": 3}] * 2, [TURN, TURN],
+    ),
     "nulls among messages": ([{"messages": [None, ASK, ANSWER], "id": 1}, {"messages": [ASK, None, ANSWER]}], [TURN, TURN]),
     "turns in fields that nobody knows": ([{"chat": {"turn_1": SAID}}, {"chat": {"turn_1": SAID}}], [TURN, TURN]),
 }  # fmt: skip
@@ -566,6 +569,24 @@ def test_the_command_that_joins_messages_gives_rows_that_are_read(name, tmp_path
     command = said[said.index("python -c") :].replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert prepared(tmp_path, (tmp_path / "joined.jsonl").read_text(), byte_level(), name="joined.jsonl")[0] == expected
+
+
+def test_answers_of_a_batch_are_joined_to_the_batch_that_was_sent(tmp_path):
+    sent = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [ASK]}}
+    came = {
+        "custom_id": "a",
+        "response": {"body": {"choices": [{"message": {**ANSWER, "refusal": None}}]}},
+        "error": None,
+    }
+    failed = {"custom_id": "b", "response": {"body": {"error": {}}}}
+    (tmp_path / "BATCH.jsonl").write_text(json.dumps(sent))
+    found, said = prepared(tmp_path, [came] * 9 + [failed], byte_level(), name="DATA.jsonl")
+    assert found is None and "in the batch that was sent" in said
+    command = said[said.index("python -c") :].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert (
+        prepared(tmp_path, (tmp_path / "joined.jsonl").read_text(), byte_level(), name="joined.jsonl")[0] == [TURN] * 9
+    )
 
 
 def test_fields_of_objects_are_named_like_columns(tmp_path):

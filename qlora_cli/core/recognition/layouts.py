@@ -6,6 +6,7 @@ than one; the command says which of them it takes.
 
 import json
 import shlex
+from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -137,6 +138,43 @@ def refuse_null_turns(columns: Columns) -> None:
                     "JSON lines, the command below leaves them out.",
                     _command(code),
                 )
+
+
+def refuse_logged_calls(columns: Columns) -> None:
+    """Refuses what was sent to the API of a model and what it sent back, alone or a row of both.
+
+    Raises:
+        DataError: A column holds answers of one.
+    """
+    for name in columns.names:
+        inner = next((key for key in ("", "body") if columns.holds(name, partial(_has_choices, inner=key))), None)
+        asked = next((other for other in columns.names if columns.holds(other, _has_messages)), None)
+        if inner is None or (asked is None and "custom_id" not in columns.names):
+            continue
+        came = f"(r.get({_quoted(name)}) or {{}})" + (f".get({_quoted(inner)},{{}})" if inner else "")
+        before = f'r[{_quoted(asked)}]["messages"]' if asked else 'm[r["custom_id"]]'
+        code = (
+            "" if asked else 'm={r["custom_id"]:r["body"]["messages"] for r in map(json.loads,open("BATCH.jsonl"))}; '
+        )
+        code += (
+            f'[print(json.dumps({{"messages":{before}+[c[0]["message"]]}})) for r in {ROWS} '
+            f'if (c:={came}.get("choices"))]'
+        )
+        raise DataError(
+            f"Column {name!r} holds what the API of a model sent back. Of JSON lines, the command below joins each first answer to "
+            + (f"the messages in {asked!r}." if asked else "its messages in the batch that was sent, BATCH.jsonl."),
+            _command(code),
+        )
+
+
+def _has_choices(value: Any, *, inner: str) -> bool:
+    value = value.get(inner) if inner and isinstance(value, dict) else value
+    choices = value.get("choices") if isinstance(value, dict) else None
+    return isinstance(choices, list) and bool(choices) and isinstance(choices[0], dict) and "message" in choices[0]
+
+
+def _has_messages(value: Any) -> bool:
+    return isinstance(value, dict) and holds_messages(value.get("messages"))
 
 
 def _are_linked(value: Any) -> bool:

@@ -15,6 +15,7 @@ from qlora_cli.core.recognition.chats import chat_columns, read_roles, recognise
 from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
 from qlora_cli.core.recognition.layouts import (
     refuse_exports,
+    refuse_logged_calls,
     refuse_messages_as_rows,
     refuse_null_turns,
     refuse_trees,
@@ -32,7 +33,7 @@ from qlora_cli.core.recognition.recognised import Recognised, are_named, name_co
 from qlora_cli.core.recognition.selection import with_selection
 from qlora_cli.core.recognition.texts import TEXTS, recognise_text
 from qlora_cli.core.records.media import holds_some, kind_of, named_like
-from qlora_cli.core.records.record import NOTHING, NULLS, Record, field_at, fields_in, why_unread
+from qlora_cli.core.records.record import NOTHING, NULLS, Record, describe_type, field_at, fields_in, why_unread
 from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import DataSettings
@@ -135,6 +136,7 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
         return "prompt"
     refuse_messages_as_rows(columns)
     refuse_exports(columns)
+    refuse_logged_calls(columns)
     refuse_null_turns(columns)
     known = columns.find(TEXTS)
     if known and columns.is_text(known):
@@ -143,23 +145,10 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
         if found := columns.count_conversations(name):
             raise DataError(
                 f"Column {name!r} holds conversations in {found} of the first {len(columns.records)} rows only.",
-                f"Mend the others, or have them listed and left out: --messages-column {shlex.quote(name)} --on-bad-row skip",
+                f"Mend the others, or have them listed and left out: --messages-column {shlex.quote(name)} --on-bad-row skip; "
+                "or where files of several formats lie in one folder, name each of them: --data A --data B",
             )
-    if halves := named_like_pair(columns):
-        question, answer, text_rows = halves
-        if inside := columns.fields_of(answer):
-            texts = (name for name in inside if any(isinstance(field_at(row, name), str) for row in columns.records))
-            raise DataError(
-                f"Column {answer!r} is named like an answer, but holds objects.",
-                f"Where the answer is to be JSON, write it there as text; or name one of its fields, {list_names(inside)}, "
-                f"as in --prompt-column {shlex.quote(question)} --completion-column {shlex.quote(next(texts, inside[0]))}",
-            )
-        raise DataError(
-            f"Columns {question!r} and {answer!r} are named like question and answer, but both are text in {text_rows} "
-            f"of the first {len(columns.records)} rows only.",
-            f"Mend the others, or have them listed and left out: --prompt-column {shlex.quote(question)} "
-            f"--completion-column {shlex.quote(answer)} --on-bad-row skip",
-        )
+    _refuse_halves(columns)
     refuse_unnamed_turns(columns)
     named = columns.find(CONVERSATIONS[:-1])
     nested = [v for v in columns.values(named) if isinstance(v, str) and v.lstrip()[:1] in ("[", "{")] if named else []
@@ -170,6 +159,36 @@ def _format_of(columns: Columns, pair: Pair | None, is_chat: bool) -> str:
             f"Write it as JSON, or train it as it is: --text-column {shlex.quote(named)}",
         )
     return "text"
+
+
+def _refuse_halves(columns: Columns) -> None:
+    """Refuses columns that are named like question and answer, and are not text.
+
+    Raises:
+        DataError: There are such.
+    """
+    if (halves := named_like_pair(columns)) is None:
+        return
+    question, answer, text_rows = halves
+    flags = f"--prompt-column {shlex.quote(question)} --completion-column"
+    if inside := columns.fields_of(answer):
+        texts = (name for name in inside if any(isinstance(field_at(row, name), str) for row in columns.records))
+        raise DataError(
+            f"Column {answer!r} is named like an answer, but holds objects.",
+            f"Where the answer is to be JSON, write it there as text; or name one of its fields, {list_names(inside)}, "
+            f"as in {flags} {shlex.quote(next(texts, inside[0]))}",
+        )
+    held = ((at, name, row.get(name)) for at, row in enumerate(columns.records, start=1) for name in (question, answer))
+    wrong = next(
+        (f"; in row {at} {name!r} is {describe_type(v)}" for at, name, v in held if not isinstance(v, str)), ""
+    )
+    raise DataError(
+        f"Columns {question!r} and {answer!r} are named like question and answer, but both are text in {text_rows} "
+        f"of the first {len(columns.records)} rows only{wrong}.",
+        f"Mend the others, or have them listed and left out: {flags} {shlex.quote(answer)} --on-bad-row skip"
+        if text_rows
+        else "Write both as text in every row.",
+    )
 
 
 def _recognise_tokens(columns: Columns, settings: DataSettings) -> Recognised:

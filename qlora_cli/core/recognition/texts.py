@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names, named_like_answers
+from qlora_cli.core.recognition.columns import CONVERSATIONS, NAMES_SHOWN, Columns, list_names, named_like_answers
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.core.records.dialogues import are_keys, headings_of
+from qlora_cli.core.records.record import describe_type
 from qlora_cli.errors import DataError, UsageError
 from qlora_cli.settings.groups import COLUMN_FLAGS, DataSettings
 
@@ -202,7 +203,7 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
         raise DataError(
             f"Column {nested[0]!r} holds most of the rows, but as no conversation; the data has {columns.listed}."
             if nested
-            else f"No column holds text; the data has {columns.listed}.",
+            else f"No column holds text; the data has {_with_types(columns)}.",
             _name_fields(columns.fields_of(nested[0]) if nested else []),
         )
     question = next((name for name in ranked if name.strip().lower() in QUESTIONS), None)
@@ -224,6 +225,11 @@ def _find_text(columns: Columns, *, is_stated: bool) -> str:
             f"Choose: --text-column {first}, or --prompt-column {second} --completion-column {first}",
         )
     return ranked[0] if is_stated else _without_summary(columns, ranked[0], summary or columns.find(REPLIES))
+
+
+def _with_types(columns: Columns) -> str:
+    values = ((name, next(iter(columns.values(name)), None)) for name in columns.names[:NAMES_SHOWN])
+    return ", ".join(f"{name!r} ({describe_type(value)})" for name, value in values)
 
 
 def _name_fields(inside: Sequence[str]) -> str:
