@@ -134,6 +134,11 @@ def test_tokens_are_found():
     assert "every token trained" in recognised({"input_ids": [1, 2], "labels": [1, 2]}, train_on="all").sentence
 
 
+def test_a_first_row_in_the_place_of_a_header_is_remarked():
+    assert "'A lake is water.': where the file has no header" in recognised({"A lake is water.": "Hills."}).remarks[0]
+    assert recognised({"What is a lake? (long)": "Water."}).remarks == ()
+
+
 def test_texts_formatted_beforehand_are_told_from_typed_tokens():
     ready = [{"text": "<s>[INST] q [/INST] a </s>"}, {"text": "<s>[INST] r [/INST] b </s>\n"}]
     found = recognised(ready)

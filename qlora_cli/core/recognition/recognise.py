@@ -218,6 +218,7 @@ def _recognise_tokens(columns: Columns, settings: DataSettings) -> Recognised:
 def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
     """Names the columns that a format does not use, and those whose texts are how others print that there is none."""
     remarks, rejected = (*recognised.remarks, *_printed_nothing(columns, recognised)), recognised.rejected
+    remarks = (*remarks, *_named_by_rows(recognised))
     left_out = tuple(name for name in columns.names if name not in recognised.used)
     unused = [name for name in left_out if name != rejected]
     if rejected:
@@ -233,6 +234,13 @@ def _with_unused(columns: Columns, recognised: Recognised) -> Recognised:
         answer = recognised.formatting.completion_column
         remark += f' A template of your own could use {thoughts!r}: --template "... {{{thoughts}}} ... {{{answer}}}"'
     return replace(recognised, remarks=(*remarks, remark), unused=left_out)
+
+
+def _named_by_rows(recognised: Recognised) -> Iterator[str]:
+    """That columns used have a name that is rather a row, as where a CSV file has no header."""
+    named = [name for name in recognised.used if " " in name.strip() and name.rstrip().endswith((".", "!", "。"))]
+    if named:
+        yield f"Named like rows are {list_names(named)}: where the file has no header, its first line has to be one."
 
 
 def _printed_nothing(columns: Columns, recognised: Recognised) -> Iterator[str]:
