@@ -171,6 +171,36 @@ def test_control_tokens_of_other_models_are_said_to_be_letters(row, marks, tmp_p
         assert recognised([json.loads((tmp_path / "clean.jsonl").read_text())], byte_level()).remarks == ()
 
 
+@pytest.mark.parametrize(
+    ("row", "said", "clean"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "<image>\nWhat?"}, MESSAGES[1]]},
+            "begin or end in '<image>', of",
+            0,
+        ),
+        ({"question": r"One.\nTwo", "answer": r"- a\n- b\n\nC"}, r"hold line ends as two letters, \n, and none", 1),
+        ({"prompt": "q", "completion": "a", "label": 0}, "Column 'label' holds 0 and 1", None),
+    ],
+)
+def test_letters_that_stand_for_something_else_are_remarked(row, said, clean, tmp_path):
+    (remark,) = (remark for remark in recognised([row, {**row, "label": 1}]).remarks if said in remark)
+    if clean is not None:
+        (tmp_path / "DATA.jsonl").write_text(json.dumps(row) + "\n")
+        command = remark[max(remark.find("sed '"), remark.find("grep -v")) :]
+        subprocess.run(command, shell=True, check=bool(clean), cwd=tmp_path)
+        rows = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+        assert len(rows) == clean and not any(said in remark for row in rows for remark in recognised(row).remarks)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [[r"$\nabla \neq \nu$"], [r"printf '%s\n' a", "ls", "cd", "pwd"], ["a\nb", r"One.\nTwo"], ["An <image> tag"]],
+)
+def test_formulas_commands_and_tags_are_not_remarked(texts):
+    assert recognised([{"text": text} for text in texts]).remarks == ()
+
+
 def test_marks_of_the_models_own_template_and_within_texts_are_not_remarked(tmp_path):
     named = recognised({"q": "x", "a": "y"}, template="<|im_start|>user\n{q}<|im_end|>\n{a}<|im_end|>").remarks
     assert "The template prints '<|im_start|>', '<|im_end|>', which" in named[0]

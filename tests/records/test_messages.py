@@ -246,6 +246,7 @@ DESCRIBED = {"type": "function", "function": {"name": "get_depth", "description"
         ([TOOL], "tools", [TOOL]),
         (json.dumps([TOOL]), "tools", [TOOL]),
         ([json.dumps(TOOL)], "tool_defs", [TOOL]),
+        (repr([TOOL]), "tools", [TOOL]),
         ([TOOL["function"]], "functions", [TOOL]),
         ({"tools": [TOOL]}, "tools", [TOOL]),
         (json.dumps(TOOL), "tools", [TOOL]),

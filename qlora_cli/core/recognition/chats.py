@@ -12,9 +12,10 @@ from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import chat_formatting, own_template
 from qlora_cli.core.recognition.columns import ANSWERS, CONVERSATIONS, Columns, list_names, named_like_answers
 from qlora_cli.core.recognition.layouts import refuse_without_answers
+from qlora_cli.core.recognition.letters import name_marks_of_template, remark_letters
 from qlora_cli.core.recognition.pairs import Pair, is_nested
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
-from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending, name_foreign_marks, name_marks_of_template
+from qlora_cli.core.recognition.texts import QUESTIONS, TEXTS, common_ending
 from qlora_cli.core.records.conversation import ConversationColumns, read_conversation
 from qlora_cli.core.records.messages import (
     KNOWN_ROLES,
@@ -279,7 +280,7 @@ def recognise_chat(
     elif any(map(encoder.holds_control, others)):
         remarks.append("Control tokens typed in messages are kept as plain text.")
     remarks += name_marks_of_template(template, encoder) if settings.chat_template else []
-    remarks += name_foreign_marks([*answers, *others], encoder, "messages")
+    remarks += remark_letters([*answers, *others], encoder, "messages")
     is_asking = found.messages and not (found.answer or settings.messages_column)
     texts = [name for name in columns.names if name not in used and columns.is_text(name)]
     if is_asking and texts and columns.holds(str(found.messages), columns.is_open):

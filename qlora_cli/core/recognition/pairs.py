@@ -9,8 +9,9 @@ from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.prompts.prompt_template import PromptTemplate
 from qlora_cli.core.recognition.columns import PAIRS, Columns
+from qlora_cli.core.recognition.letters import name_marks_of_template, remark_letters
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
-from qlora_cli.core.recognition.texts import common_ending, name_foreign_marks, name_marks_of_template, shows_markup
+from qlora_cli.core.recognition.texts import common_ending, shows_markup
 from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import UsageError
@@ -156,7 +157,7 @@ def recognise_pair(columns: Columns, settings: DataSettings, encoder: TextEncode
             template_without_optional=short,
         )
     rows = [f"{row.get(prompt) or ''}{row.get(answer) or ''}" for row in columns.records]
-    remarks += name_foreign_marks(rows, encoder, "rows")
+    remarks += remark_letters(rows, encoder, "rows")
     if _repeats(columns, prompt, answer):
         remarks.append(
             f"Every completion begins with its prompt, which so stands there twice and is trained, too. The completions alone, "
@@ -225,7 +226,7 @@ def recognise_template(columns: Columns, settings: DataSettings, encoder: TextEn
     sentence = f"rows under the template {template!r}, completion in {answer!r}, {describe_trained(train_on)}"
     rules = RowRules(answers=answer if answer in nested else None)
     answers = [value for value in columns.values(answer) if isinstance(value, str)]
-    remarks = (*name_marks_of_template(template, encoder), *name_foreign_marks(answers, encoder, "answers"))
+    remarks = (*name_marks_of_template(template, encoder), *remark_letters(answers, encoder, "answers"))
     return Recognised(formatting, train_on, sentence, remarks, tuple(fields), rules)
 
 

@@ -37,8 +37,12 @@ def with_selection(
         if name not in recognised.used:
             recognised = _with_trained(columns, recognised, settings, name)
     label = columns.find(LABELS)
-    if recognised.formatting.format not in ("prompt", "chat") or label is None or not columns.is_yes_or_no(label):
+    if recognised.formatting.format not in ("prompt", "chat") or label is None:
         return recognised
+    if not columns.is_yes_or_no(label):
+        said = {str(value) for value in columns.values(label)}
+        remark = f"Column {label!r} holds 0 and 1: where these say which answers are bad, write them as false and true."
+        return replace(recognised, remarks=(*recognised.remarks, remark)) if said == {"0", "1"} else recognised
     if is_restated:
         remark = f"What column {label!r} says of rows does nothing beside --format {settings.format}."
         return replace(recognised, remarks=(*recognised.remarks, remark))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.recognition.columns import CONVERSATIONS, NAMES_SHOWN, Columns, list_names, named_like_answers
+from qlora_cli.core.recognition.letters import remark_letters
 from qlora_cli.core.recognition.recognised import Recognised
 from qlora_cli.core.records.dialogues import are_keys, headings_of
 from qlora_cli.core.records.record import describe_type
@@ -34,25 +35,6 @@ IDENTIFIERS = {
 QUESTIONS = {"instruction", "question", "prompt", "query", "problem"}
 SUMMARIES = ("summary", "highlights")  # of a text, which is then rather what is to be summarised
 REPLIES = ("answer", "answers", "response", "completion")  # to a text whose name does not say that it asks
-# What models of many families write before a text, before a turn, and after either.
-BEGINNINGS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>")
-TURNS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|turn>", "<|user|>", "<|system|>", "<｜User｜>")
-ENDS = (
-    "</s>",
-    "<eos>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<|end|>",
-    "<|eot|>",
-    "<|EOT|>",
-    "<|end_of_turn|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<｜end▁of▁sentence｜>",
-)
 CLEARLY_LONGER = 2  # the text column holds this many times the letters of the next one, or the user has to choose
 
 
@@ -97,7 +79,7 @@ def recognise_text(columns: Columns, settings: DataSettings, encoder: TextEncode
             f"Control tokens typed in column {column!r} are kept as plain text ({typed} of the first {len(texts)} rows "
             "hold some; they would be taken as such if every row began or ended with one)."
         )
-    remarks += name_foreign_marks(texts, encoder, "texts")
+    remarks += remark_letters(texts, encoder, "texts")
     if headings:
         way = "" if markup else f" The answers alone, under the chat template: {answers_alone}"
         remarks.append(
@@ -145,39 +127,6 @@ def common_ending(texts: Sequence[str], encoder: TextEncoder) -> str | None:
     stripped = [text.rstrip() for text in texts if text.strip()]
     longest_first = sorted(encoder.control_ids, key=len, reverse=True)
     return next((t for t in longest_first if stripped and all(text.endswith(t) for text in stripped)), None)
-
-
-def name_foreign_marks(texts: Sequence[str], encoder: TextEncoder, what: str) -> list[str]:
-    """That texts begin or end in control tokens of other models, which for this one are letters, and what to do."""
-    own = encoder.spec.chat_template or ""
-    marks = _foreign_marks(texts, encoder, own)
-    openings, ends = (tuple(mark for mark in marks if (mark in ENDS) == is_end) for is_end in (False, True))
-    framed = [text for text in map(str.strip, texts) if text.startswith(openings) or text.endswith(ends)]
-    if not (found := _foreign_marks(framed, encoder, own)):
-        return []
-    if any(mark in TURNS for mark in found):
-        way = "Conversations written as lists of messages (role and content) get those of the chat template instead."
-    else:
-        way = f"Of JSON lines, this takes them off: sed '{';'.join(f's#{mark}##g' for mark in found)}' DATA.jsonl > clean.jsonl"
-    return [f"{len(framed)} of the first {len(texts)} {what} begin or end in {_as_letters(found)} {way}"]
-
-
-def name_marks_of_template(template: str, encoder: TextEncoder) -> list[str]:
-    """That a template that the user gave prints control tokens of other models."""
-    marks = _foreign_marks([template], encoder)
-    return [f"The template prints {_as_letters(marks)}"] if marks else []
-
-
-def _foreign_marks(texts: Sequence[str], encoder: TextEncoder, own: str = "") -> list[str]:
-    """Control tokens of other models that stand in texts, and neither in the tokenizer nor in a template of its own."""
-    unknown = [mark for mark in (*BEGINNINGS, *TURNS, *ENDS) if mark not in encoder.control_ids and mark not in own]
-    found = [mark for mark in unknown if any(mark in text for text in texts)]
-    ids = encoder.encode_rows([[(mark, True)] for mark in found])
-    return [mark for mark, (letters,) in zip(found, ids, strict=True) if len(letters) > 1]
-
-
-def _as_letters(marks: Sequence[str]) -> str:
-    return f"{list_names(marks)}, which this tokenizer does not have and takes for letters."
 
 
 def _preferred(columns: Columns) -> str | None:

@@ -187,7 +187,8 @@ def _parse(text: str, where: str) -> Any:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadField(f"{where} is no JSON ({error})") from None
+        if isinstance(value := decode_nested(text), str):  # nor what Python prints
+            raise BadField(f"{where} is no JSON ({error})") from None
     if "\\u" in text and (problem := problem_of_value(value, where)):
         raise BadField(problem)
     return value
