@@ -751,6 +751,11 @@ TOKENS = {
         [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "completion_mask": [0, 0, 1]}],
         [[7, None]],
     ),
+    "padding that no mask tells of": (
+        [{"input_ids": [0, 0, 5, 6, 0]}, {"input_ids": [5, 0, 6]}],
+        [[6, None], [0, 6, None]],
+    ),
+    "a mask of true and false": ([{"input_ids": [5, 6, 7], "loss_mask": [False, True, True]}], [[6, 7, None]]),
     "labels that mask the last words": ([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]}], [[6, 7]]),
     "rows packed beforehand": (
         [{"input_ids": [5, 6, 7, 8, 9], "position_ids": [0, 1, 2, 0, 1]}],

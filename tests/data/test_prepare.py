@@ -145,6 +145,10 @@ def test_tokens_get_the_ends_they_lack_and_lose_their_padding(tmp_path):
         ({"input_ids": [1, 999_999]}, "field 'input_ids' holds 999999, which is no token of this tokenizer"),
         ({"input_ids": [1, 2**70]}, "field 'input_ids' holds 1.18e+21, which is no token of any tokenizer"),
         ({"input_ids": [1, -1]}, "field 'input_ids' holds -1, which is no token of this tokenizer"),
+        (
+            {"input_ids": [1, 5, 6], "labels": [5, 6, -100]},
+            "field 'labels' holds 5 where 'input_ids' holds 1; a label is the token itself, or -100 where it is not trained",
+        ),
         ({"input_ids": [1, 2], "labels": [1]}, "field 'labels' has 1 entries, but 'input_ids' has 2"),
         ({"labels": [1]}, "field 'input_ids' is missing (it has 'labels')"),
     ],

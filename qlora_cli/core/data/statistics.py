@@ -169,6 +169,9 @@ class PreparationStatistics:
                 else "the beginning or end token that they lacked"
             )
             report(Notice(f"{format_count(count, 'row')} {_were(count)} given {lacked}."))
+        if count := counts["padded"]:
+            ends = "its ends" if count == 1 else "their ends"
+            report(Notice(f"{count} of {rows} {_were(count)} filled up with padding, which was taken off {ends}."))
         if count := counts["unpacked"]:
             report(Notice(f"{count} of {rows} {_were(count)} packed beforehand and became a row for each example."))
         if count := counts["unanswered"]:

@@ -50,14 +50,15 @@ class TokenisedChunk:
         origins: (rows,) int64, which record of the chunk each row comes from: rows of one record stay together where
             rows are held out.
         counts: records (read, good and bad); truncated (rows cut at the limit); split (records that became several
-            rows); closed (pre-tokenised rows that were given a BOS or EOS, or whose EOS was made trained); unanswered
-            (conversations whose last messages had no answer and were left out); unfolded (conversations that became a
-            row for each answer); moved (conversations whose system turns were put where the chat template prints them);
-            reordered (conversations whose results of tools were put into the order of the calls); weighed
-            (conversations that say of turns which are no answers that they are trained); hollow (conversations in which
-            it writes an empty thought before trained answers); lost_text, lost_thought, lost_call, lost_tool
-            (conversations of which the chat template leaves one out); unread_KEY (conversations with a key of messages
-            that nothing reads); doubled_KEY (objects that hold a key twice).
+            rows); padded (pre-tokenised rows without padding that no mask told of); closed (pre-tokenised rows that
+            were given a BOS or EOS, or whose EOS was made trained); unanswered (conversations whose last messages had
+            no answer and were left out); unfolded (conversations that became a row for each answer); moved
+            (conversations whose system turns were put where the chat template prints them); reordered (conversations
+            whose results of tools were put into the order of the calls); weighed (conversations that say of turns which
+            are no answers that they are trained); hollow (conversations in which it writes an empty thought before
+            trained answers); lost_text, lost_thought, lost_call, lost_tool (conversations of which the chat template
+            leaves one out); unread_KEY (conversations with a key of messages that nothing reads); doubled_KEY (objects
+            that hold a key twice).
         dropped: Reason → records left out.
         unseen: Column in which the first rows hold nothing → records that hold something in it.
         bad_rows: In order.
@@ -167,6 +168,8 @@ class Tokeniser:
                 result.dropped[str(reason)] += 1
                 continue
             result.counts["unpacked"] += len(parts) > 1
+            is_shorter = sum(ids.size for ids, _ in parts) < len(record[str(self._settings.formatting.column)])
+            result.counts["padded"] += is_shorter and record.get("attention_mask") is None
             for ids, trained in parts:
                 if not trained.any():
                     result.dropped["every token is masked" if ids.size else "no tokens"] += 1
@@ -186,16 +189,23 @@ class Tokeniser:
             wrong = ids[(ids < 0) | (ids >= self._settings.vocabulary_size)][0]
             raise BadField(f"field {column!r} holds {wrong}, which is no token of this tokenizer")
         trained = np.ones(ids.size, dtype=bool)
-        real = np.ones(ids.size, dtype=bool)
+        real = np.ones(ids.size, dtype=bool) if record.get("attention_mask") is not None else self._without_padding(ids)
         borders = np.zeros(ids.size, dtype=bool)
         for name in BESIDE_IDS:
             if record.get(name) is None:
                 continue
-            values = _integers(record, name)
+            values = _integers(record, name, or_flags=name not in ("labels", "position_ids"))
             if values.size != ids.size:
                 raise BadField(f"field {name!r} has {values.size} entries, but {column!r} has {ids.size}")
             if name == "labels" and self._settings.train_on != "all":
                 trained &= values != -100
+                if (others := np.flatnonzero(trained & real & (values != ids))).size:
+                    at = int(others[0])
+                    raise BadField(
+                        f"field 'labels' holds {values[at]} where {column!r} holds {ids[at]}; a label is the token itself, "
+                        "or -100 where it is not trained",
+                        "Train every token: --train-on all.",
+                    )
             elif name in GIVEN_MASKS and self._settings.train_on != "all":
                 trained &= values != 0
             elif name == "attention_mask":
@@ -205,6 +215,18 @@ class Tokeniser:
         cuts = np.flatnonzero(borders[real])
         ids, trained = ids[real].astype(np.int32), trained[real]
         return list(zip(np.split(ids, cuts), np.split(trained, cuts), strict=True))
+
+    def _without_padding(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) bool, False for what fills a row up at its ends: padding tokens; of EOS, where these are one, all but the first
+        at the end."""
+        spec = self._encoder.spec
+        padding = self._encoder.control_ids.get(spec.names.get("pad_token", ""))
+        words = np.flatnonzero(ids != padding)
+        if padding is None or padding in spec.prefix_ids or not words.size:
+            return np.ones(ids.size, dtype=bool)
+        first, last = (0, words[-1] + 1) if padding == spec.eos_id else (words[0], words[-1])
+        places = np.arange(ids.size)
+        return (places >= first) & (places <= last)
 
     def _close(self, ids: np.ndarray, trained: np.ndarray) -> Row:
         eos, prefix = self._encoder.spec.eos_id, self._encoder.spec.prefix_ids
@@ -274,14 +296,14 @@ class Tokeniser:
         _store(result, parts, np.array(origins, dtype=np.int64))
 
 
-def _integers(record: Record, name: str) -> np.ndarray:
+def _integers(record: Record, name: str, *, or_flags: bool = False) -> np.ndarray:
     value = record.get(name)
     if name not in record:
         raise BadField(f"field {name!r} is missing (it has {', '.join(map(repr, record))})")
     if not isinstance(value, list):
         raise BadField(f"field {name!r} is {describe_type(value)}, not a list of numbers")
     for item in value:
-        if type(item) is not int:
+        if type(item) is not int and not (or_flags and type(item) is bool):
             raise BadField(f"field {name!r} holds {describe_type(item)} where a whole number belongs")
     try:
         return np.array(value, dtype=np.int64)
