@@ -1,6 +1,7 @@
 """The format of data is recognised and named, or taken from flags; what cannot be recognised is asked for."""
 
 import json
+import shlex
 import subprocess
 from copy import deepcopy
 
@@ -191,6 +192,19 @@ def test_letters_that_stand_for_something_else_are_remarked(row, said, clean, tm
         subprocess.run(command, shell=True, check=bool(clean), cwd=tmp_path)
         rows = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
         assert len(rows) == clean and not any(said in remark for row in rows for remark in recognised(row).remarks)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Human: q\n\nAssistant:", "### Instruction:\nq\n\n### Response:\n", "[INST] q [/INST]"]
+)
+def test_prompts_that_end_in_the_heading_of_their_answer_can_stand_as_they_are(prompt):
+    record = {"prompt": prompt, "chosen": " a", "rejected": " b"}
+    found = recognised(record, byte_level())
+    remark = next(remark for remark in found.remarks if "as if formatted beforehand" in remark)
+    flag = shlex.split(remark[remark.index("--template") :])[1]
+    assert recognised(record, byte_level(), template=flag).formatting.template == "{prompt}{chosen}"
+    plain = recognised({**record, "prompt": "Which response: a or b?"}, byte_level()).remarks
+    assert [other for other in found.remarks if other != remark] == [*plain]
 
 
 @pytest.mark.parametrize(

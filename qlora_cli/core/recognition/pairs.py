@@ -1,6 +1,7 @@
 """Recognition of prompts with completions: by the names of their columns, by flags, or under a template."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from qlora_cli.core.recognition.columns import PAIRS, Columns
 from qlora_cli.core.recognition.letters import name_marks_of_template, remark_letters
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
 from qlora_cli.core.recognition.texts import common_ending, shows_markup
+from qlora_cli.core.records.dialogues import opening_of
 from qlora_cli.core.records.messages import holds_messages
 from qlora_cli.core.records.rules import RowRules
 from qlora_cli.errors import UsageError
@@ -156,18 +158,32 @@ def recognise_pair(columns: Columns, settings: DataSettings, encoder: TextEncode
             template=template,
             template_without_optional=short,
         )
-    rows = [f"{row.get(prompt) or ''}{row.get(answer) or ''}" for row in columns.records]
-    remarks += remark_letters(rows, encoder, "rows")
-    if _repeats(columns, prompt, answer):
-        remarks.append(
-            f"Every completion begins with its prompt, which so stands there twice and is trained, too. The completions alone, "
-            f"as they are: --text-column {shlex.quote(answer)}"
-        )
+    remarks += _remark_pairs(columns, prompt, answer, encoder, has_headings=not how)
     also = f" (and {optional!r} where it is not empty)" if optional else ""
     sentence = f"prompt in column {prompt!r}{also}, completion in {answer!r}, {describe_trained(train_on)}"
     rejected = pair.rejected if pair and answer == pair.completion else None
     used = tuple(name for name in (prompt, optional, answer) if name)
     return Recognised(formatting, train_on, sentence, tuple(remarks), used, rules, rejected)
+
+
+def _remark_pairs(
+    columns: Columns, prompt: str, answer: str, encoder: TextEncoder, *, has_headings: bool
+) -> Iterator[str]:
+    """What of the texts of prompts and completions is rather not meant as they are taken."""
+    yield from remark_letters(
+        [f"{row.get(prompt) or ''}{row.get(answer) or ''}" for row in columns.records], encoder, "rows"
+    )
+    openings = [opening_of(asked) for asked in columns.values(prompt) if isinstance(asked, str) and asked.strip()]
+    if has_headings and openings and all(openings):
+        yield (
+            f"Every prompt ends like {openings[0]!r}, as if formatted beforehand, and is put under a heading of its own. As they "
+            f"stand: --template {shlex.quote(f'{{{prompt}}}{{{answer}}}')}"
+        )
+    if _repeats(columns, prompt, answer):
+        yield (
+            f"Every completion begins with its prompt, which so stands there twice and is trained, too. The completions alone, "
+            f"as they are: --text-column {shlex.quote(answer)}"
+        )
 
 
 def _repeats(columns: Columns, prompt: str, answer: str) -> bool:

@@ -21,6 +21,7 @@ _OPTION_B = re.compile(r"^[ \t]*(?:\*\*)?B ?:", re.IGNORECASE | re.MULTILINE)  #
 
 # A key of YAML, an argument or a field of code.
 _KEY = re.compile(r"^(?P<indent>[ \t]*)(?P<name>[a-z_][\w.-]*)\??:", re.MULTILINE)
+INSTRUCTION_END = "[/INST]"  # of Llama 2 and Mistral
 KEYS_BEFORE = 3  # an answer that make its heading one of them; "context:" and "title:" may stand before a question
 
 
@@ -36,6 +37,14 @@ def headings_of(text: str) -> tuple[str, str] | None:
     """The headings of the first question of a dialogue and of the answer to it; None where a text is none."""
     asked, answered = _first_of_each(_find(text))
     return (asked.text, answered.text) if asked and answered else None
+
+
+def opening_of(text: str) -> str | None:
+    """The heading of an answer that a text ends in, under which it is still to come; None where it ends in none."""
+    if text.rstrip().endswith(INSTRUCTION_END):
+        return INSTRUCTION_END
+    last = next(reversed(_find(text)), None)
+    return last.text if last and last.role == "assistant" and not text[last.end :].strip() else None
 
 
 def are_keys(text: str) -> bool:
