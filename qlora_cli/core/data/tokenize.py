@@ -221,8 +221,10 @@ class Tokeniser:
         at the end."""
         spec = self._encoder.spec
         padding = self._encoder.control_ids.get(spec.names.get("pad_token", ""))
+        if padding is None or padding in spec.prefix_ids or padding not in (*ids[:1], *ids[-1:]):
+            return np.ones(ids.size, dtype=bool)
         words = np.flatnonzero(ids != padding)
-        if padding is None or padding in spec.prefix_ids or not words.size:
+        if not words.size:
             return np.ones(ids.size, dtype=bool)
         first, last = (0, words[-1] + 1) if padding == spec.eos_id else (words[0], words[-1])
         places = np.arange(ids.size)

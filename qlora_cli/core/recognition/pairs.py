@@ -174,15 +174,15 @@ def _remark_pairs(
         [f"{row.get(prompt) or ''}{row.get(answer) or ''}" for row in columns.records], encoder, "rows"
     )
     openings = [opening_of(asked) for asked in columns.values(prompt) if isinstance(asked, str) and asked.strip()]
-    if has_headings and openings and all(openings):
-        yield (
-            f"Every prompt ends like {openings[0]!r}, as if formatted beforehand, and is put under a heading of its own. As they "
-            f"stand: --template {shlex.quote(f'{{{prompt}}}{{{answer}}}')}"
-        )
     if _repeats(columns, prompt, answer):
         yield (
             f"Every completion begins with its prompt, which so stands there twice and is trained, too. The completions alone, "
             f"as they are: --text-column {shlex.quote(answer)}"
+        )
+    elif has_headings and openings and all(openings):
+        yield (
+            f"Every prompt ends like {openings[0]!r}, as if formatted beforehand, and is put under a heading of its own. As they "
+            f"stand: --template {shlex.quote(f'{{{prompt}}}{{{answer}}}')}"
         )
 
 

@@ -123,9 +123,11 @@ def parse_nested(text: str) -> Any:
     Raises:
         ValueError: It is neither, or a text in it cannot be used; says which, without a subject.
     """
+    may_be_bad = "\\u" in text  # the only way in which JSON writes NUL and halves of pairs
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
+        may_be_bad = True
         try:
             value = ast.literal_eval(text) if len(text) <= LONGEST_LITERAL else None
             value = json.loads(json.dumps(value)) if isinstance(value, list | dict) else None
@@ -133,6 +135,6 @@ def parse_nested(text: str) -> Any:
             value = None
         if value is None:
             raise ValueError("is neither JSON nor a Python list of what JSON holds") from None
-    if "\\" in text and (problem := problem_of_value(value, "a text in it")):
+    if may_be_bad and (problem := problem_of_value(value, "a text in it")):
         raise ValueError(f"cannot be used: {problem}")
     return value
