@@ -129,6 +129,10 @@ def test_calls_in_a_row_are_one_turn_and_arguments_may_be_empty():
             "message 2 has text behind a call",
         ),
         (
+            {"role": "assistant", "content": [{"type": ["text"], "text": "x"}]},
+            "message 2 holds a part whose type is a list, not text",
+        ),
+        (
             {"role": "assistant", "content": [{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "y"}]},
             "message 2 has a thought behind text",
         ),

@@ -11,7 +11,7 @@ calls in that order; parts in another order are refused.
 import json
 from typing import Any
 
-from qlora_cli.core.records.record import BadField, Record, decode_nested
+from qlora_cli.core.records.record import BadField, Record, decode_nested, describe_type
 
 # Types of parts, which Google's leave out.
 TEXTS = ("text", "input_text", "output_text", "summary_text", "reasoning_text")
@@ -37,7 +37,7 @@ def are_parts(content: Any) -> bool:
 
 def is_item(value: Any) -> bool:
     """Whether a value is what Responses write beside messages."""
-    return isinstance(value, dict) and value.get("type") in ITEMS and value.get("role", value.get("from")) is None
+    return isinstance(value, dict) and str(value.get("type")) in ITEMS and value.get("role", value.get("from")) is None
 
 
 def turns_of_items(items: list[Any]) -> list[Any]:
@@ -136,6 +136,8 @@ def _kind_of(part: Record | str, where: str) -> tuple[str, Any]:
     if isinstance(part, str):
         return "text", part
     kind = part.get("type")
+    if not isinstance(kind, str | None):
+        raise BadField(f"{where} holds a part whose type is {describe_type(kind)}, not text")
     if kind is None:
         kind = next((name for name in (*CALLS[1:], *RESULTS[1:]) if part.get(name) is not None), "text")
         if kind == "text" and part.get("text") is None:  # whatever else there is, which has no type to name it by
