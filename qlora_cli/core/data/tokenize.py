@@ -34,9 +34,7 @@ class TokeniserSettings:
     vocabulary_size: int
     on_lost_content: str = "stop"
     rules: RowRules = field(default_factory=RowRules)
-    columns: frozenset[str] | None = (
-        None  # in which the first rows hold something, or that are used; None: all there are
-    )
+    columns: frozenset[str] | None = None  # that are used, or hold something in the first rows; None: all
 
 
 @dataclass
