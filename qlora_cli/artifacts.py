@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import stat
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from functools import cache
@@ -243,6 +244,7 @@ _RECORD_TYPES = {
     "format": int,
     "adapter_sha256": str,  # of a finished run's weights; those of a checkpoint have theirs in its manifest
     "adapter_config_sha256": str,  # of the adapter's settings but for where its base lies
+    "merging_refused": str,  # why a merge into the base as it was trained on will be
     **dict.fromkeys(("base", "data", "formatting", "parameters", "training", "start", "versions"), dict),
 }
 _TRAINING_NUMBERS = {
@@ -290,8 +292,16 @@ def find_run_record(adapter: Path) -> dict[str, Any]:
 
 def ways_to_use(adapter: Path) -> list[str]:
     """What to type next with an adapter."""
-    place, merged = shlex.quote(str(adapter)), free_name("merged")
-    return [f'qlora generate --adapter {place} "Your question"', f"qlora merge --adapter {place} --output {merged}"]
+    place, record = shlex.quote(str(adapter)), find_run_record(adapter)
+    return [f'qlora generate --adapter {place} "Your question"', *ways_to_merge(record, place, free_name("merged"))]
+
+
+def ways_to_merge(record: Mapping[str, Any], place: str, output: str) -> list[str]:
+    """What to type to merge the adapter at a place, by its run's record; nothing where every merge will be refused."""
+    line = f"qlora merge --adapter {place} --output {output}"
+    if record.get("merging_refused") is None:
+        return [line]
+    return [f"{line} --base original"] if record.get("merges_original") else []
 
 
 def is_run(directory: Path) -> bool:

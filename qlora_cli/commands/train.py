@@ -80,7 +80,7 @@ class LoadedModel:
     base: BaseIdentity
     weight_shards: WeightShards | None  # where the base is sharded over the ranks
     vram: Vram | None  # right after loading; None on the CPU
-    started: dict[str, Any]  # what is recorded of the adapter's start and of the arithmetic, where they are not plain
+    started: dict[str, Any]  # what is recorded of the adapter's start, the arithmetic and merging where not plain
     save_adapter: Callable[[Path], None]  # with the run's record, so that a moved checkpoint can be used like a run
 
 
@@ -215,6 +215,8 @@ def load_model(run: Run, inputs: RunInputs, decisions: Decisions, checkpoint: Ch
         started = start_adapter(run, inputs, model, identity, sharded=weight_shards is not None)
     if (scaling := inputs.files.scaled_positions) is not None:
         started["rope_scaling"] = scaling
+    if decisions.refused_merge is not None:
+        started |= decisions.refused_merge.to_dict()
     if weight_shards is not None:
         shard_base(base, decoder, find_layers(decoder), weight_shards, run.device)
     if run.ranks.context > 1:

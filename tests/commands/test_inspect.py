@@ -21,8 +21,9 @@ from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
 from qlora_cli.config import InspectConfig, PrepareConfig, TrainConfig
 from qlora_cli.core.inspection.run_summary import summarise_metrics
+from qlora_cli.core.merge.base import RefusedMerge
 from qlora_cli.core.planning.suggestions import write_train_command
-from qlora_cli.errors import AdapterError, MergeError, ModelError, RunError, UsageError
+from qlora_cli.errors import AdapterError, ModelError, RunError, UsageError
 from qlora_cli.settings.ranges import parse_memory
 from qlora_cli.sizes import format_bytes
 
@@ -203,10 +204,8 @@ def test_local_weights_are_surveyed(tiny_model):
 
 
 def test_a_merge_that_will_be_refused_is_told(tiny_model, monkeypatch):
-    def refuse(files):
-        raise MergeError("A weight cannot be put back.", "Use the adapter unmerged.")
-
-    monkeypatch.setattr("qlora_cli.core.inspection.model_summary.check_mergeable", refuse)
+    refused = RefusedMerge("A weight cannot be put back. Use the adapter unmerged.", original=False)
+    monkeypatch.setattr("qlora_cli.core.inspection.model_summary.foresee_refusal", lambda *_: refused)
     facts = look(model=str(tiny_model("llama")))
     said = "A merge of its adapters will be refused: A weight cannot be put back. Use the adapter unmerged."
     assert said in of_a_model(facts).sentences

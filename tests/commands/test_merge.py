@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from qlora_cli.commands.train import train
 from qlora_cli.config import TrainConfig
-from qlora_cli.core.merge.base import check_mergeable
+from qlora_cli.core.merge.base import RefusedMerge, foresee_refusal
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.quantization import dequantized_weight, four_bit_linears
 from qlora_cli.errors import AdapterError, MergeError
-from qlora_cli.settings.groups import QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, QuantizationSettings
 from tests.adapters.test_fitting import whole_wrapper
 from tests.commands.merge_case import DEVICE, Case, logits_of, make_case
 from tests.conftest import ARCHITECTURES, most_slow, write_model
@@ -95,9 +95,9 @@ def test_a_base_that_no_merge_takes_is_known_before_anything_is_trained(tmp_path
         train(TrainConfig(model=str(base), output=str(tmp_path / "run"), **few), stop)
     assert str(told.value).endswith(refused)
     (base / "model.safetensors").unlink()
-    with pytest.raises(MergeError) as known:
-        check_mergeable(resolve_model(str(base)))
-    assert f"{known.value.message} {known.value.hint}" == refused
+    files = resolve_model(str(base))
+    known = [foresee_refusal(files, LoraSettings(adapt_experts=adapted)) for adapted in (False, True)]
+    assert known == [RefusedMerge(refused, original=True), RefusedMerge(refused, original=False)]
 
 
 # What is peculiar → (architecture, LoraConfig arguments or make_case arguments).

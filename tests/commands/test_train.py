@@ -30,6 +30,7 @@ from qlora_cli.config import GenerateConfig, PrepareConfig, TrainConfig
 from qlora_cli.config_file import read_config_file
 from qlora_cli.core.candidates.four_bit_gap import measure_held_out
 from qlora_cli.core.engine.fast import FastEngine
+from qlora_cli.core.merge.base import RefusedMerge
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.runs import decisions
@@ -231,11 +232,35 @@ def test_the_card_names_a_base_and_data_of_the_hub(tiny_model):
 
     held = {"quant_type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"}
     text = write_card(
-        base="org/model", dataset="org/rows", settings={"rank": 8}, results={"steps": 3}, held=held, example="~~~ Q: a"
+        base="org/model",
+        dataset="org/rows",
+        settings={"rank": 8},
+        results={"steps": 3},
+        held=held,
+        example="~~~ Q: a",
+        merging=[],
     )
     data = ModelCard(text).data
     assert (data.base_model, data.datasets, data.library_name) == ("org/model", ["org/rows"], "peft")
     assert "base_model:adapter:org/model" in data.tags and "| rank | 8 |" in text
+
+
+def test_after_a_run_on_a_base_that_no_merge_takes_only_what_works_is_said(options, monkeypatch, capsys):
+    refused = RefusedMerge("It is rearranged as it loads.", original=True)
+    monkeypatch.setattr(decisions, "foresee_refusal", lambda files, lora: refused)
+    few = {"max_steps": 1, "eval_rows": None, "eval_every": None, "save_every": 1}
+    run(options, **few)
+    output = Path(options["output"])
+    for place in (output, checkpoint_path(output / CHECKPOINTS, 1)):
+        answer, merge = artifacts.ways_to_use(place)
+        assert answer.startswith("qlora generate") and merge.endswith("--base original")
+    assert main(["inspect", str(output)]) == 0
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert "A merge of it will be refused: It is rearranged as it loads." in told and "--base original" in told
+    assert "qlora merge --adapter . --output merged --base original" in (output / MODEL_CARD).read_text()
+    refused = replace(refused, original=False)
+    run(options, **few, overwrite=True)
+    assert len(artifacts.ways_to_use(output)) == 1 and "qlora merge" not in (output / MODEL_CARD).read_text()
 
 
 def test_what_is_left_open_is_settled_by_base_and_rows_and_recorded(options, tmp_path, monkeypatch):

@@ -114,7 +114,8 @@ def of_a_run(result: dict[str, Any]) -> Screen:
     else:
         first = f"{place} is {'an' if kind[0] in 'aeiou' else 'a'} {kind} on {name_of(str(base)) if base else 'an unknown base'}{came}."
     trained = [trained_of(result)] if "trainable_parameters" in result else []
-    sentences = [first, *result.get("damaged", ()), *trained]
+    refused = [f"A merge of it will be refused: {why}"] if (why := result.get("merging_refused")) else []
+    sentences = [first, *result.get("damaged", ()), *trained, *refused]
     facts = []
     if "rank" in result:
         how = ", ".join(name.replace("_", " ") for name in ("dora", "rslora", "rank_pattern") if result.get(name))

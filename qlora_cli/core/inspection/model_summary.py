@@ -10,7 +10,7 @@ from qlora_cli.config import InspectConfig, TrainConfig
 from qlora_cli.core.data.prepare import choose_max_length
 from qlora_cli.core.device import choose_device, resolve_compute_dtype
 from qlora_cli.core.inspection.weight_stats import group_tensors, list_tensors, table, tabulate_layers
-from qlora_cli.core.merge.base import check_mergeable
+from qlora_cli.core.merge.base import foresee_refusal
 from qlora_cli.core.models.files import resolve_model
 from qlora_cli.core.models.structure import build_empty
 from qlora_cli.core.planning.memory_estimate import (
@@ -26,7 +26,6 @@ from qlora_cli.core.planning.run_plan import attention_heads, context_sizes, may
 from qlora_cli.core.planning.suggestions import suggest_fit, write_train_command
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
 from qlora_cli.core.weights.stored_formats import stored_format
-from qlora_cli.errors import MergeError
 from qlora_cli.events import Report
 
 CARDS = (2, 4, 8)  # over which a base may be sharded, and which may share the tokens of rows
@@ -88,10 +87,8 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     }
     if stored is not None:
         facts["stored"] = f"quantised already, by {stored.method}" + (f" ({stored.quant_type})" * stored.is_four_bit)
-    try:
-        check_mergeable(files)
-    except MergeError as error:
-        facts["merging_refused"] = f"{error.message} {error.hint}"
+    if (refused := foresee_refusal(files, config)) is not None:
+        facts |= refused.to_dict()
     tables = [table("Modules", [asdict(row) for row in footprint.rows])]
     rest = [{"why": reason, "parameters": count} for reason, count in model.packing.rest().items()]
     if rest:

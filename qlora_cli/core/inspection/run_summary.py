@@ -53,11 +53,9 @@ def describe_run(directory: Path, model: str | None, *, whole: bool = True) -> d
 
                 title = "Norm of the update" + (", but of experts" if adapter.config.get("target_parameters") else "")
                 tables.append(tabulate_layers(title, measure_updates(directory, adapter)))
-    facts |= {
-        name: record[name]
-        for name in ("base", "data", "start", "rope_scaling", "training", "versions", "qlora_version")
-        if name in record
-    }
+    merging, versions = ("merging_refused", "merges_original"), ("versions", "qlora_version")
+    told = ("base", "data", "start", "rope_scaling", *merging, "training", *versions)
+    facts |= {name: record[name] for name in told if name in record}
     if (artifacts.run_of(directory) / artifacts.RUN_YAML).is_file():
         with _noted(damages):
             facts["settings"] = _read_settings(artifacts.run_of(directory) / artifacts.RUN_YAML)

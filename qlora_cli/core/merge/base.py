@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightConverter, revert_weight_conve
 from qlora_cli.core.adapters.adapter_facts import AdapterFacts
 from qlora_cli.core.adapters.adapter_record import AdapterRecord
 from qlora_cli.core.adapters.merged_experts import find_stacks
+from qlora_cli.core.adapters.targets import find_targets, stack_names
 from qlora_cli.core.device import DTYPES, dtype_name
 from qlora_cli.core.merge.delta import biased_module
 from qlora_cli.core.models.account import VALUES, FourBitPlan, plan_packing
@@ -28,7 +29,7 @@ from qlora_cli.core.weights.checkpoint import Checkpoint
 from qlora_cli.core.weights.stored_formats import StoredFormat, stored_format
 from qlora_cli.errors import AdapterError, MergeError, ModelError, QloraError
 from qlora_cli.events import Caution, Notice, Report
-from qlora_cli.settings.groups import ModelSettings, QuantizationSettings
+from qlora_cli.settings.groups import LoraSettings, ModelSettings, QuantizationSettings
 
 # What is left of a merge that cannot put its weights back.
 UNMERGED = "use the adapter unmerged, or merge with --base original where it leaves those weights alone"
@@ -243,17 +244,30 @@ def find_rearranged(
     return found
 
 
-def check_mergeable(files: ModelFiles) -> None:
-    """Asks, before anything is trained, what a merge asks that sends a model's weights through 4 bits: of its files where
-    they are here, else of those that transformers would save.
+@dataclass(frozen=True)
+class RefusedMerge:
+    """A merge that will be refused, known before anything is trained."""
 
-    Raises:
-        MergeError: It will be refused.
+    why: str  # as it will say
+    original: bool  # whether `--base original` merges the adapter all the same: it leaves alone what cannot be put back
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready entries of a record, by which `artifacts.ways_to_merge` goes."""
+        return {"merging_refused": self.why, "merges_original": self.original}
+
+
+def foresee_refusal(files: ModelFiles, lora: LoraSettings) -> RefusedMerge | None:
+    """Asks, before anything is trained, what a merge asks that sends a model's weights through 4 bits: of its files where
+    they are here, else of those that transformers would save. None where it will not be refused.
+
+    Args:
+        files: Of the model.
+        lora: What an adapter is attached to.
     """
     model = build_empty(files.config, trust_remote_code=files.trust_remote_code)
     stored = stored_format(files.config, files.name)
     if not any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(model)):
-        return
+        return None
     packed = plan_packing(model, stored.skipped if stored else ()).packed
     stacks = {name: weight.experts for name, weight in find_stacks(model, packed).items()}
     try:
@@ -264,4 +278,22 @@ def check_mergeable(files: ModelFiles) -> None:
             name: tuple(value.shape) for name, value in revert_weight_conversion(model, model.state_dict()).items()
         }
     four_bit = stored is not None and stored.is_four_bit
-    find_rearranged(packed - set(stacks), stacks, shapes, model, by_rows=not four_bit, way=UNMERGED)
+
+    def refuse(changed: Collection[str]) -> str | None:
+        experts = {name: count for name, count in stacks.items() if name in changed}
+        try:
+            find_rearranged(set(changed) - set(stacks), experts, shapes, model, by_rows=not four_bit, way=UNMERGED)
+        except MergeError as error:
+            return f"{error.message} {error.hint}"
+        return None
+
+    why = refuse(packed)
+    return RefusedMerge(why, original=refuse(_changed_weights(model, lora)) is None) if why is not None else None
+
+
+def _changed_weights(model: PreTrainedModel, lora: LoraSettings) -> set[str]:
+    """Names of the weights that an adapter with these settings changes."""
+    whole = tuple(f".{name}." for name in lora.modules_to_save or ())
+    in_full = {name for name in model.state_dict() if any(part in f".{name}" for part in whole)}
+    experts = set(stack_names(model)) if lora.adapt_experts else set()
+    return in_full | {f"{name}.weight" for name in find_targets(model, lora)} | experts

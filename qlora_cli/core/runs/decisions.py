@@ -8,7 +8,7 @@ from qlora_cli.artifacts import CHECKPOINTS
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.device import dtype_name, is_slow_on_cpu, resolve_compute_dtype
 from qlora_cli.core.matmul.arithmetic import takes_long
-from qlora_cli.core.merge.base import check_mergeable
+from qlora_cli.core.merge.base import RefusedMerge, foresee_refusal
 from qlora_cli.core.planning.memory_estimate import estimate_disk
 from qlora_cli.core.planning.run_plan import (
     RunPlan,
@@ -24,7 +24,6 @@ from qlora_cli.core.storage.checkpoint import list_checkpoints
 from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.training.lr_schedule import count_warmup_steps
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
-from qlora_cli.errors import MergeError
 from qlora_cli.events import Caution, Notice
 
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
@@ -39,6 +38,7 @@ class Decisions:
     compute_dtype: torch.dtype
     warmup_steps: int
     checkpoint_bytes: int
+    refused_merge: RefusedMerge | None  # where the base takes none
 
 
 def decide(run: Run, inputs: RunInputs) -> Decisions:
@@ -86,10 +86,8 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         )
     if config.compile and run.device.type == "cpu":
         run.report(Notice("Layers are not compiled on a CPU: --compile does nothing."))
-    try:
-        check_mergeable(inputs.files)
-    except MergeError as error:
-        run.report(Caution(f"qlora merge will refuse what is trained here: {error.message} {error.hint}"))
+    if (refused := foresee_refusal(inputs.files, config)) is not None:
+        run.report(Caution(f"qlora merge will refuse what is trained here: {refused.why}"))
     compute_dtype = resolve_compute_dtype(config.compute_dtype, run.device)
     if run.device.type == "cpu" and is_slow_on_cpu(compute_dtype):
         run.report(
@@ -104,6 +102,7 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         compute_dtype=compute_dtype,
         warmup_steps=warmup_steps,
         checkpoint_bytes=checkpoint_bytes,
+        refused_merge=refused,
     )
 
 

@@ -15,6 +15,7 @@ from qlora_cli.artifacts import (
     MODEL_CARD,
     RUN_RECORD,
     sha256_of,
+    ways_to_merge,
     write_bytes,
     write_json,
 )
@@ -80,7 +81,7 @@ def write_run(
     """Writes the files that make a directory of checkpoints and metrics a finished run. No network call is made.
 
     `save_adapter` writes the trained adapter, as it is now, into a directory; with --keep-best that of the best
-    evaluation is kept instead. `started` is what is recorded of the adapter's start.
+    evaluation is kept instead. `started` is what is recorded of the adapter's start, and of merging it.
     """
     output, rows = run.output, inputs.rows
     if (rows.directory / BAD_ROWS).is_file():
@@ -109,6 +110,7 @@ def write_run(
             results=training,
             held=asdict(base),
             example=write_example(Formatting.from_dict(rows.manifest["formatting"]), inputs.files.tokenizer),
+            merging=ways_to_merge(started, ".", "merged"),
             positions=changed_positions(inputs.files.config) if inputs.files.rope_scaling else None,
         )
         (directory / MODEL_CARD).write_text(card, encoding="utf-8")

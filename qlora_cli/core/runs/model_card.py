@@ -78,6 +78,7 @@ def write_card(
     results: dict[str, Any],
     held: dict[str, Any],
     example: str,
+    merging: list[str],
     positions: dict[str, Any] | None = None,
 ) -> str:
     """The text of the card.
@@ -89,6 +90,7 @@ def write_card(
         results: Likewise.
         held: `quant_type`, `double_quant` and `compute_dtype` of the base.
         example: A prompt as the model is given one.
+        merging: What to type to merge it, if anything.
         positions: What of the base's configuration a scaling of positions changed, if one was asked for.
     """
     scaled = {"positions": "", "given": ""}
@@ -120,7 +122,7 @@ def write_card(
         "",
         "```sh",
         'qlora generate --adapter . "Your prompt"',
-        "qlora merge --adapter . --output merged",
+        *merging,
         "```",
         "",
         "```python",
