@@ -203,6 +203,24 @@ def test_local_weights_are_surveyed(tiny_model):
     assert ("weights", f"{format_bytes(stored)}, nothing to download") in of_a_model(facts).facts
 
 
+@pytest.mark.parametrize(
+    ("renamed", "why"),
+    [
+        ("weights.gone", "holds no safetensors weights"),
+        ("pytorch_model.bin", "pickle weights only"),
+        ("model-2.safetensors", "lacks 1 of the 2 weight files of its index"),
+    ],
+)
+def test_weights_that_a_directory_lacks_are_told_before_a_run_misses_them(tiny_model, tmp_path, renamed, why):
+    directory = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (directory / "model.safetensors").rename(directory / renamed)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    screen = of_a_model(look(model=str(directory)))
+    assert any(said.startswith("It cannot be trained as it is: ") and why in said for said in screen.sentences)
+    assert dict(screen.facts)["weights"].endswith("which are missing here")
+
+
 def test_a_merge_that_will_be_refused_is_told(tiny_model, monkeypatch):
     refused = RefusedMerge("A weight cannot be put back. Use the adapter unmerged.", original=False)
     monkeypatch.setattr("qlora_cli.core.inspection.model_summary.foresee_refusal", lambda *_: refused)

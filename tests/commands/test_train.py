@@ -780,7 +780,8 @@ def test_a_dry_run_needs_no_weights_and_says_whether_a_card_suffices(options, tm
     assert main([*words, "--vram", "10MiB", "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["fits"] is False
     assert main([*words, "--vram", "20GiB"]) == 0
-    assert "bare would train 3 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bare would train 3 steps" in said and "It cannot be trained as it is: " in said
 
 
 def test_micro_batches_stay_within_the_planned_tokens_and_resume_keeps_them(options, monkeypatch):

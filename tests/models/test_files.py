@@ -43,14 +43,14 @@ def test_pickle_weights_are_not_read(tiny_model, tmp_path):
 def test_weights_in_the_hub_s_cache_are_here_once_all_of_them_are(tiny_model, tmp_path):
     files = ModelFiles("org/model", shutil.copytree(tiny_model("llama"), tmp_path / "snapshot"), "0" * 40)
     single = files.directory / "model.safetensors"
-    assert files.has_weights
+    assert files.is_local
     single.rename(files.directory / "model-00001-of-00002.safetensors")
-    assert not files.has_weights
+    assert not files.is_local
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (files.directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert not files.has_weights
+    assert not files.is_local
     shutil.copy(files.directory / weight_map["a"], files.directory / weight_map["b"])
-    assert files.has_weights
+    assert files.is_local
 
 
 def test_code_of_a_model_is_run_neither_by_its_files_nor_by_an_unpinned_flag(tiny_model, tmp_path):

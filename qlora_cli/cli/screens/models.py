@@ -28,12 +28,13 @@ def of_a_model(result: dict[str, Any]) -> Screen:
             ("to train", f"{needed} of the card, {format_bytes(result['training']['host_bytes'])} of the host"),
             ("to answer", f"{format_bytes(result['generation']['device_bytes'])} of the card"),
             ("to merge", f"{format_bytes(result['merging']['host_bytes'])} of the host"),
-            _weights(result["disk"]),
+            _weights(result),
             ("4-bit copy on disk", format_bytes(result["disk"]["base_cache_bytes"])),
         ]
         if least := result.get("smallest_card"):
             where = f"{format_bytes(least['host_bytes'])} of the host"
             facts.insert(1, ("to train at all", f"{format_bytes(least['device_bytes'])} of the card, {where}"))
+    sentences += _missing(result)
     if refused := result.get("merging_refused"):
         sentences.append(f"A merge of its adapters will be refused: {refused}")
     facts.append(("in 4 bits", f"{result['four_bit_percent']:.4g} % of the base, embeddings and head apart"))
@@ -61,11 +62,18 @@ def _held_elsewhere(settings: dict[str, Any]) -> list[str]:
     return said + ([f"{cards} cards share the tokens of each row."] if cards > 1 else [])
 
 
-def _weights(disk: dict[str, int]) -> tuple[str, str]:
+def _weights(result: dict[str, Any]) -> tuple[str, str]:
     """What is downloaded; where that is nothing, what is read."""
+    disk = result["disk"]
     if disk["download_bytes"]:
         return "download", format_bytes(disk["download_bytes"])
-    return "weights", f"{format_bytes(disk['weights_bytes'])}, nothing to download"
+    whence = "which are missing here" if "missing_weights" in result else "nothing to download"
+    return "weights", f"{format_bytes(disk['weights_bytes'])}, {whence}"
+
+
+def _missing(result: dict[str, Any]) -> list[str]:
+    """That there are no weights to train on yet, if so."""
+    return [f"It cannot be trained as it is: {why}"] if (why := result.get("missing_weights")) else []
 
 
 def _remedy(result: dict[str, Any]) -> str:
@@ -103,11 +111,11 @@ def of_a_plan(result: dict[str, Any]) -> Screen:
         ("recomputed layers", str(settings["gradient_checkpointing"])),
         ("optimizer", str(settings["optimizer"])),
         ("learning rate", f"{settings['learning_rate']:g}, {settings['scheduler']}, {format_count(result['warmup_steps'], 'step')} of warm-up"),
-        _weights(result["disk"]),
+        _weights(result),
         ("written", f"{format_bytes(result['disk']['run_bytes'])} to {result['output']}"),
     ]  # fmt: skip
     elsewhere = _held_elsewhere(result["settings"])
-    return Screen([first, *remedy, *begins, *elsewhere, trained_of(result)], facts)
+    return Screen([first, *remedy, *_missing(result), *begins, *elsewhere, trained_of(result)], facts)
 
 
 def of_a_machine(result: dict[str, Any]) -> Screen:

@@ -87,6 +87,8 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     }
     if stored is not None:
         facts["stored"] = f"quantised already, by {stored.method}" + (f" ({stored.quant_type})" * stored.is_four_bit)
+    if (missing := files.missing_weights) is not None:
+        facts["missing_weights"] = missing
     if (refused := foresee_refusal(files, config)) is not None:
         facts |= refused.to_dict()
     tables = [table("Modules", [asdict(row) for row in footprint.rows])]
@@ -98,7 +100,7 @@ def describe_model(config: InspectConfig, report: Report) -> dict[str, Any]:
     else:
         max_length = choose_max_length(config.max_length, model_config, report)
         sizes = context_sizes(attention_heads(model_config), max(CARDS)) if config.engine == "fast" else []
-        here = files.has_weights
+        here = files.is_local
         predicted, predicted_tables = _predict(config, model, profile_with_rank, max_length, sizes, is_local=here)
         facts |= predicted
         tables += predicted_tables

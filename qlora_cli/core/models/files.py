@@ -183,14 +183,27 @@ class ModelFiles:
         )
 
     @property
-    def has_weights(self) -> bool:
-        """Whether every file of the weights is on this machine, in a directory of the user's or the hub's cache."""
+    def is_local(self) -> bool:
+        """Whether nothing of the weights is downloaded: the directory is the user's, or the hub's cache has every file."""
         from qlora_cli.core.storage.safetensors_file import list_weight_files  # torch
 
         try:
             return self.commit is None or bool(list_weight_files(self.directory))
         except ModelError:
             return False
+
+    @property
+    def missing_weights(self) -> str | None:
+        """Why weights of a directory of the user's cannot be read, which may be planned with and not trained; None where
+        their files are all there, or are downloaded."""
+        from qlora_cli.core.storage.safetensors_file import list_weight_files  # torch
+
+        try:
+            if self.commit is None:
+                list_weight_files(self.weights)
+        except ModelError as error:
+            return error.message
+        return None
 
     @cached_property
     def config_sha256(self) -> str:

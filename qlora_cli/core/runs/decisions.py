@@ -131,7 +131,7 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step:
         checkpoint_bytes=decisions.checkpoint_bytes,
         disk=estimate_disk(
             inputs.profile,
-            is_local=inputs.files.has_weights,
+            is_local=inputs.files.is_local,
             optimizer=memory.plan.optimizer,
             kept_checkpoints=config.keep,
         ),
@@ -149,4 +149,5 @@ def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step:
             config, memory, max_length=inputs.max_length, compute_dtype=dtype, warmup_steps=decisions.warmup_steps
         ),
         next=memory.commands,
+        missing_weights=inputs.files.missing_weights,
     )

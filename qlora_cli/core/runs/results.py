@@ -70,8 +70,9 @@ class TrainPlan:
     memory: dict[str, Any] | str  # predicted bytes, or why there are none
     configuration: dict[str, Any]  # every setting that `run.yaml` keeps, those decided included
     next: tuple[str, ...] = ()  # commands to type where it does not fit
+    missing_weights: str | None = None  # why weights cannot be read, of a directory that lacks them
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
         content = {"kind": "plan", **asdict(self)}
-        return content if self.next else {name: value for name, value in content.items() if name != "next"}
+        return {name: content[name] for name in content if content[name] or name not in ("next", "missing_weights")}
