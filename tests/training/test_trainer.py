@@ -371,6 +371,22 @@ def test_what_the_compiler_leaves_of_layers_is_said_once(base, tmp_path, monkeyp
     assert ["HOP: Unsafe side effect." in notice.text for notice in case.reported(Notice)] == [True]
 
 
+@pytest.mark.parametrize(("steps", "until", "said"), [(1, 9, "1 step"), (4, 9, "3 steps"), (4, 2, None)])
+def test_adapters_that_no_gradient_reaches_are_named_once(base, tmp_path, steps, until, said):
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+
+    def cut(engine):
+        module = engine.model.get_submodule(name)
+        module.register_forward_hook(lambda _, __, out: out.detach() if case.trainer.state.step < until else out)
+        return engine
+
+    case = make_case(base, tmp_path, wrap_engine=cut, max_steps=steps)
+    cautions = [event.text for event in case.run().reported(Caution)]
+    told = f"1 adapter (self_attn.q_proj) got no gradient in {said}: it is not trained. "
+    assert cautions == ([f"{told}--exclude-modules leaves it out."] if said else [])
+    assert case.adapter[f"{name}.lora_B.weight"].any() == (said is None)
+
+
 def test_the_longest_rows_are_tried_before_the_first_step_and_leave_no_trace(base, tmp_path):
     seen: list[int] = []
     case = make_case(base, tmp_path / "a", wrap_engine=out_of_memory_above(45, seen))

@@ -83,6 +83,19 @@ class TrainableParameters:
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.gradients()]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
+    def without_gradient(self) -> list[str]:
+        """Names of the parameters whose gradient is zero throughout; waits for the device. Gradients have to be finite."""
+        found = []
+        for buffer in self.buffers:
+            assert buffer.values.grad is not None
+            blocks = buffer.values.grad.view(-1, ALIGNMENT_ELEMENTS)  # none of which spans two parameters
+            peaks = torch.linalg.vector_norm(blocks, torch.inf, dim=1).cpu()
+            places = (int(view.storage_offset()) // ALIGNMENT_ELEMENTS for view in buffer.views)
+            sizes = (_aligned(view.numel()) // ALIGNMENT_ELEMENTS for view in buffer.views)
+            each = zip(buffer.names, places, sizes, strict=True)
+            found += [name for name, place, size in each if not peaks[place : place + size].any()]
+        return found
+
     def layout(self) -> list[list[str]]:
         """Parameter names by buffer: two models with equal layouts and shapes have interchangeable buffers."""
         return [list(buffer.names) for buffer in self.buffers]

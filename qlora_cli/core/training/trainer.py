@@ -23,7 +23,7 @@ from qlora_cli.core.training.evaluation import measure_loss
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.optimizer import set_learning_rate, step_optimizer
 from qlora_cli.core.training.progress import TrainerState
-from qlora_cli.core.training.reporting import RunReporter, left_uncompiled
+from qlora_cli.core.training.reporting import RunReporter, UntrainedAdapters, left_uncompiled
 from qlora_cli.core.training.rng_state import (
     RandomState,
     capture_random_state,
@@ -99,6 +99,7 @@ class Trainer:
         self.saved_step = self.state.step
         self.sampled_step = self.state.step or -1  # a run that goes on was asked before it was saved
         self.said_uncompiled = False
+        self.untrained = UntrainedAdapters(self.optimization.parameters)
         self.reserved: object = None  # memory of the optimizer's state, until the first update
         self.strained_steps = 0  # in a row, see `_relieve_allocator`
         self.most_retries = math.inf  # a step, that another relief would be worth
@@ -176,6 +177,8 @@ class Trainer:
             restore_random_state(self.random_state, self.device)
             batches = self.accumulation.read_batches(step.micro_batches, self.state.micro_batch_limit_tokens)
         if math.isfinite(loss) and math.isfinite(norm):
+            if untrained := self.untrained.look(last=following is None):
+                self.reporter.report(Caution(untrained))
             self.between_steps, self.reserved = False, None
             self.optimization.update(rate, norm, scale)
             self.streak = []
