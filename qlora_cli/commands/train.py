@@ -34,7 +34,7 @@ from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.loading import load_base
 from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.core.prompts.formatting import Formatting
-from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan, products_in_8_bits_pay
+from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan, products_in_8_bits_pay, report_uncompiled
 from qlora_cli.core.runs.directory import begin_run, claimed_output
 from qlora_cli.core.runs.finish import describe_result, write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
@@ -272,7 +272,7 @@ def start_engine(
             [each["found"] for each in run.ranks.all_gather({"found": found}, run.device)]
         ).amax(0),
     )
-    return install_engine(
+    engine = install_engine(
         loaded.model,
         # Where ranks compute a layer together none is measured by itself: what was predicted decides.
         replace(config, **(memory.plan.settings if together else memory.plan.tiling)),
@@ -286,6 +286,8 @@ def start_engine(
         trial=trial,
         report=run.report,
     )
+    report_uncompiled(run, memory, engine)
+    return engine
 
 
 # ---------------------------------------------------------------- resume

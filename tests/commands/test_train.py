@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate.tracking
 import pytest
@@ -685,6 +686,17 @@ def test_a_tracker_that_cannot_start_is_said_before_anything_is_read(options, mo
         run(options, report_to="tensorboard")
     assert "\n" not in caught.value.message and "--report-to" in caught.value.hint
     assert not Path(options["output"]).exists()
+
+
+@pytest.mark.parametrize("asked", [True, None, False])
+def test_layers_that_are_not_compiled_as_was_asked_are_told(options, asked):
+    """As of a model of which a token has several hidden states, on a card."""
+    said: list = []
+    run = SimpleNamespace(config=TrainConfig(**options, compile=asked), device=torch.device("cuda"), report=said.append)
+    engines = [SimpleNamespace(compiled=compiled, describe=lambda: "fast") for compiled in (True, False)]
+    for engine in engines:
+        decisions.report_uncompiled(run, SimpleNamespace(lockstep=""), engine)
+    assert [event.text.partition(":")[0] for event in said] == ["--compile does nothing"] * bool(asked)
 
 
 def test_a_dry_run_starts_no_tracker(options):

@@ -7,6 +7,7 @@ import torch
 from qlora_cli.artifacts import CHECKPOINTS
 from qlora_cli.config import TrainConfig
 from qlora_cli.core.device import dtype_name, is_slow_on_cpu, resolve_compute_dtype
+from qlora_cli.core.engine.engine import Engine
 from qlora_cli.core.matmul.arithmetic import takes_long
 from qlora_cli.core.merge.base import RefusedMerge, foresee_refusal
 from qlora_cli.core.planning.memory_estimate import estimate_disk
@@ -111,6 +112,15 @@ def products_in_8_bits_pay(inputs: RunInputs, memory: RunPlan, max_tokens: int) 
     not share tokens among cards, where that was not measured."""
     total_tokens = inputs.data.sampler.total_steps * max_tokens
     return memory.context == 1 and takes_long(inputs.profile.met_numel, total_tokens)
+
+
+def report_uncompiled(run: Run, memory: RunPlan, engine: Engine) -> None:
+    """Reports that layers are not compiled although that was asked for, where it is found out with the model alone: not on
+    a CPU, nor where cards share it, which is said elsewhere."""
+    if run.config.compile and not engine.compiled and run.device.type != "cpu" and not memory.lockstep:
+        run.report(
+            Caution(f"--compile does nothing: layers of this model are not compiled as they run ({engine.describe()}).")
+        )
 
 
 def describe_plan(run: Run, inputs: RunInputs, decisions: Decisions, first_step: int) -> TrainPlan:
