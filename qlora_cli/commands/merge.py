@@ -33,8 +33,15 @@ from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, Choice, choo
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
 from qlora_cli.core.export.gguf import GgufFile, require_converter, write_gguf
 from qlora_cli.core.export.modelfile import MODELFILE, write_modelfile
+from qlora_cli.core.generation.requests import closing_ids
 from qlora_cli.core.merge.base import Base, find_base, with_biases
-from qlora_cli.core.merge.checkpoint_files import copy_checkpoint_files, find_tokenizer, write_config, write_index
+from qlora_cli.core.merge.checkpoint_files import (
+    add_end_marks,
+    copy_checkpoint_files,
+    find_tokenizer,
+    write_config,
+    write_index,
+)
 from qlora_cli.core.merge.compare_models import Comparison
 from qlora_cli.core.merge.delta import read_deltas
 from qlora_cli.core.merge.model_card import write_merged_card
@@ -135,6 +142,9 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             seconds = time.perf_counter() - started
             write_config(directory, base, plan, options)
             copy_checkpoint_files(base.files.directory, tokenizer, adapter_directory, directory)
+            if formatting := find_run_record(adapter_directory).get("formatting"):
+                tokenizer_of = replace(base.files, directory=directory)
+                add_end_marks(directory, closing_ids(tokenizer_of.tokenizer, Formatting.from_dict(formatting)))
             write_index(directory, [file.name for file in plan.files])
             comparison = rows = gguf = None
             if verifies:

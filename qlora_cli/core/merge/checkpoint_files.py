@@ -1,7 +1,7 @@
 """Files of a merged checkpoint beside its weights: configuration, tokenizer, generation settings, index, own code."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -37,6 +37,7 @@ from qlora_cli.errors import ModelError
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of a configuration, that are of answering
 
 
 def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOptions) -> None:
@@ -135,6 +136,30 @@ def copy_checkpoint_files(base: Path, tokenizer: Mapping[Path, list[Path]], adap
             write_json(directory / TOKENIZER_CONFIG, settings)
     copy_files([path for path in beside if path.name not in taken], base, directory)
     write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})
+
+
+def add_end_marks(directory: Path, closing: Iterable[int]) -> None:
+    """Has answers of the merged model end, whoever makes them, at what closed them in training too: transformers and vLLM
+    go by generation_config.json, and that of a base no conversation was trained on has its end of text alone.
+
+    Args:
+        directory: Of the merged model.
+        closing: Tokens (`requests.closing_ids`).
+    """
+    path = directory / GENERATION_CONFIG
+    source = path if path.is_file() else directory / CONFIG  # by which transformers makes itself one
+    content = json.loads(source.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        return
+    if source is not path:
+        language = content["text_config"] if isinstance(content.get("text_config"), dict) else content
+        marks = {name: language.get(name, content.get(name)) for name in MARKS}
+        content = {name: mark for name, mark in marks.items() if mark is not None}
+    found = content.get("eos_token_id")
+    known = found if isinstance(found, list) else [found] if found is not None else []
+    if missing := sorted(set(closing) - {mark for mark in known if isinstance(mark, int)}):
+        ends = [*known, *missing]
+        write_json(path, {**content, "eos_token_id": ends if len(ends) > 1 else ends[0]})
 
 
 def write_index(directory: Path, names: list[str]) -> None:
