@@ -276,6 +276,12 @@ def test_an_adapter_whose_start_follows_from_the_base_is_one_of_the_base_as_it_i
         torch.testing.assert_close(found(IDS).logits, plain)
 
 
+def test_an_adapter_of_some_tokens_is_refused_where_answers_would_be_the_bases(tmp_path):
+    make(build(LLAMA), tmp_path, target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    with pytest.raises(AdapterError, match="of the kind aLoRA"):
+        load_adapter(build(LLAMA), tmp_path)
+
+
 def test_a_pair_on_a_layer_that_is_not_called_is_refused_as_it_would_work_merged_alone(tmp_path):
     config = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=1, state_size=4)
     make(build(config), tmp_path, target_modules=["in_proj", "dt_proj"])

@@ -41,6 +41,9 @@ ADAPTER_PART = re.compile(r"\.lora_.*$")
 NUMBERS = ("F64", "F32", "F16", "BF16")  # in which adapters are stored
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # of DoRA, as PEFT calls them in its versions
 BASE_SETTINGS = ("base_model_name_or_path", "revision")  # of adapter_config.json: where its base lies may change
+# Of kinds of LoRA that are in effect for some tokens of a prompt alone, as PEFT's own `generate` tells its layers: told
+# nothing, those of activated LoRA leave every answer the base's.
+OF_SOME_TOKENS = {"alora_invocation_tokens": "aLoRA", "arrow_config": "Arrow"}
 WRAPPER = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)\b")
 
 
@@ -102,9 +105,12 @@ def read_adapter(directory: Path) -> AdapterFacts:
         raise AdapterError(f"{weights_path} is needed: {found}.", hint)
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
+        of_some_tokens = next((called for name, called in OF_SOME_TOKENS.items() if config.get(name)), None)
+        if kind != "LORA" or of_some_tokens:
             raise AdapterError(
-                f"The adapter in {directory} is of the kind {config.get('peft_type')}.", "Only LoRA adapters are read."
+                f"The adapter in {directory} is of the kind {of_some_tokens or kind}.",
+                "Only LoRA and DoRA adapters are read, in effect for every token.",
             )
         check_adapter_config(config, directory)
         descriptor, header = read_header(weights_path)

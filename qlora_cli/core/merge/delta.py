@@ -22,8 +22,6 @@ WRAPPERS = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
 # Settings under which the saved tensors are not a plain scaling * B @ A on the base: leaving one out would merge
 # something else than was trained.
 NOT_MERGEABLE = (
-    "alora_invocation_tokens",
-    "arrow_config",
     "kasa_config",
     "layer_replication",
     "monteclora_config",
