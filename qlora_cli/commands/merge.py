@@ -28,6 +28,7 @@ from qlora_cli.config import MergeConfig
 from qlora_cli.core.adapters.adapter_facts import read_adapter
 from qlora_cli.core.adapters.adapter_record import find_adapter, read_adapter_record
 from qlora_cli.core.adapters.fitting import fitted_adapter
+from qlora_cli.core.adapters.lora import report_unchanged
 from qlora_cli.core.adapters.shared_layers import one_delta_each
 from qlora_cli.core.candidates.choice import DEQUANTIZED, ORIGINAL, Choice, choose_base
 from qlora_cli.core.device import DTYPES, choose_device, dtype_name
@@ -114,6 +115,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
         facts = read_adapter(fitted)
         base = with_biases(base, facts, renamer(base.model))
         adapter = stack.enter_context(TensorFile(fitted / ADAPTER_WEIGHTS))
+        report_unchanged(((name, adapter.read(name)) for name in adapter.entries), adapter_directory, report)
         options = choose_options(config, base, choose_device())
         files = stack.enter_context(Checkpoint(base.files.weights, base.stored, options.device)).files
         keep_tied = bool(facts.config.get("ensure_weight_tying"))

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -317,4 +318,7 @@ def test_what_is_no_adapter_is_called_what_it_is(tmp_path):
     assert said["model"] == ("it holds a whole model.", f"That goes by: --model {tmp_path}/model")
     assert said["other"][0] == f"{ADAPTER_CONFIG} is missing."
     assert said["absent"][0] == "there is no such directory."
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(Path("org/adapter"))
+    assert caught.value.hint.endswith("hf download org/adapter --local-dir adapter")
     assert said["other/notes.txt"][0] == "it is a file, and an adapter is a directory."

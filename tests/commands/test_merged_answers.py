@@ -13,6 +13,7 @@ from qlora_cli.config import GenerateConfig, MergeConfig
 from qlora_cli.core.adapters.lora import attach_adapter, save_adapter
 from qlora_cli.core.merge.checkpoint_files import add_end_marks
 from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.events import Caution
 from qlora_cli.settings.groups import LoraSettings
 
 
@@ -42,6 +43,7 @@ def test_a_merged_model_gives_the_adapters_greedy_answer_in_the_trained_format(l
         for source in ({"adapter": str(run)}, {"model": str(merged)})
     ]
     assert answers[0] == answers[1]
+    assert not any("changes nothing" in getattr(event, "text", "") for event in reported)
     assert answers[0]["new_tokens"] > 1
     assert any("not quantised" in getattr(event, "text", "") for event in reported)
     assert (merged / "generation_config.json").read_bytes() == (
@@ -58,7 +60,11 @@ def test_a_merge_of_a_chat_ends_answers_at_the_mark_that_closed_them(load_tiny, 
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|padding|>{% endfor %}"
     formatting = Formatting(format="chat", column="messages", template=template)
     write_json(run / RUN_RECORD, {"format": FORMAT, "base": asdict(identity), "formatting": formatting.to_dict()})
-    merge(MergeConfig(adapter=str(run), output=str(merged), base="original", verify=False), lambda event: None)
+    reported: list = []
+    merge(MergeConfig(adapter=str(run), output=str(merged), base="original", verify=False), reported.append)
+    generate(GenerateConfig(adapter=str(run), max_new_tokens=1, base_cache=False), ["a"], reported.append)
+    untrained = f"The adapter in {run} changes nothing: B of every pair is zero, as before training."
+    assert [event.text for event in reported if isinstance(event, Caution)].count(untrained) == 2
     assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] == [0, 1]
 
 

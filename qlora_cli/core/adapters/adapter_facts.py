@@ -35,6 +35,7 @@ from qlora_cli.core.storage.safetensors_header import read_header
 from qlora_cli.core.untrusted import check_adapter_config, check_expressions
 from qlora_cli.errors import AdapterError, CheckpointError, ModelError, RunError
 from qlora_cli.events import Report, report_nothing
+from qlora_cli.settings.ranges import HUB_ID
 
 PREFIX = "base_model.model."  # of the names of all tensors that PEFT saves
 ADAPTER_PART = re.compile(r"\.lora_.*$")
@@ -74,6 +75,9 @@ def _no_adapter(directory: Path) -> AdapterError:
     """That there is none, and what is there instead."""
     way = "Train one with: qlora train, or give --adapter the right directory."
     if not directory.exists():
+        if HUB_ID.fullmatch(str(directory)) and len(directory.parts) == 2:
+            name = shlex.quote(directory.name)
+            way += f" One of the hub is downloaded before: hf download {shlex.quote(str(directory))} --local-dir {name}"
         return AdapterError(f"There is no adapter in {directory}: there is no such directory.", way)
     near = find_near(directory, ADAPTER_CONFIG)
     meant = f"Type: --adapter {shlex.quote(str(near))}" if near else None

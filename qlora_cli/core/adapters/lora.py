@@ -4,7 +4,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,13 @@ def load_adapter(
             )
         )
     return model
+
+
+def report_unchanged(tensors: Iterable[tuple[str, torch.Tensor]], directory: Path, report: Report) -> None:
+    """Reports an adapter that leaves its base as it is: B of every pair is zero, as before training, and there is nothing
+    else in it. Tensors are looked at up to the first that is something."""
+    if not any(bool(tensor.any()) for name, tensor in tensors if not re.search(r"\.lora_(embedding_)?A\b", name)):
+        report(Caution(f"The adapter in {directory} changes nothing: B of every pair is zero, as before training."))
 
 
 def _first_mismatch(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qlora_cli.core.adapters.adapter_record import AdapterRecord, find_adapter, read_adapter_record, read_merge_record
-from qlora_cli.core.adapters.lora import load_adapter
+from qlora_cli.core.adapters.lora import adapter_state, load_adapter, report_unchanged
 from qlora_cli.core.adapters.vocabulary import has_replaced_vocabulary
 from qlora_cli.core.decoding.cpu_linears import unpack_linears
 from qlora_cli.core.decoding.decoder import Decoder, why_not_stepwise
@@ -218,6 +218,7 @@ class GenerationSession:
                 self._fast.close()
                 self._fast = self.decoder = None
             self.model = load_adapter(self.model, directory, name=name, report=self.report)
+            report_unchanged(adapter_state(self.model, name).items(), directory, self.report)
             self._names[adapter] = name
         if adapter is not None:
             self.model.base_model.enable_adapter_layers()
