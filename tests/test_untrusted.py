@@ -265,7 +265,7 @@ def test_an_expression_is_tried_on_the_names_of_the_base_too(adapter, monkeypatc
 
 def test_expressions_that_people_write_are_taken(adapter):
     facts = read_adapter(
-        adapter(target_modules=r".*\.(q_proj|v_proj)$", rank_pattern={r"^model\.layers\.0.*q_proj": 8, "v_proj": 2})
+        adapter(target_modules=r".*\.(q_proj|v_proj)$", rank_pattern={r"^model\.layers\.0.*q_proj": 4, "v_proj": 4})
     )
     assert facts.rank == 4
 

@@ -150,6 +150,8 @@ DAMAGES = {
     "half": (lambda tensors: tensors.pop(f"{UP}B.weight"), {}, "half of a pair"),
     "ranks": (lambda tensors: tensors.update({f"{UP}A.weight": torch.ones(2, 64)}), {}, r"different ranks, \(2, 64\)"),
     "codes": (lambda tensors: tensors.update({f"{UP}A.weight": torch.ones(4, 64).char()}), {}, "stored as I8"),
+    "empty": (lambda tensors: tensors.update({f"{UP}A.weight": torch.ones(0)}), {}, "1 of its tensors are empty"),
+    "another rank": (lambda tensors: None, {"r": 8}, "is of rank 4, and .* makes it 8"),
     "no magnitudes": (lambda tensors: None, {"use_dora": True}, "has no magnitudes"),
 }
 

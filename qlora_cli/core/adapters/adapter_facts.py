@@ -126,6 +126,7 @@ def read_adapter(directory: Path) -> AdapterFacts:
         raise AdapterError(f"The adapter in {directory} cannot be read: {reason}.", way_on(directory)) from error
     _check_tensors(tensors, config, weights_path)
     check_expressions(config, {name.split(".lora_", 1)[0] for name in tensors}, directory)
+    _check_ranks(tensors, config, weights_path)
     rslora = bool(config.get("use_rslora"))
     targets = config.get("target_modules") or ()
     return AdapterFacts(
@@ -215,6 +216,8 @@ def _check_tensors(tensors: Mapping[str, tuple[tuple[int, ...], str]], config: M
     if codes:
         raise AdapterError(f"{codes[0]} in {path}, which is not read.", "Save the adapter in 32 or 16 bits.")
     wrong = None if tensors else "it holds no tensors at all"
+    if empty := [name for name, (shape, _) in tensors.items() if 0 in shape]:
+        wrong = f"{len(empty)} of its tensors are empty, first {empty[0]}, as one of sharded weights saves them"
     for name, (shape, _) in tensors.items():
         other = _other_half(name)
         if other is None:
@@ -230,6 +233,28 @@ def _check_tensors(tensors: Mapping[str, tuple[tuple[int, ...], str]], config: M
             wrong = wrong or f"use_dora is set, and {module} has no magnitudes"
     if wrong is not None:
         raise AdapterError(f"{path} is no whole adapter: {wrong}.", way_on(path.parent))
+
+
+def _check_ranks(tensors: Mapping[str, tuple[tuple[int, ...], str]], config: Mapping[str, Any], path: Path) -> None:
+    """Refuses pairs of other ranks than the settings beside them say: their scaling is not known, and PEFT loads none such.
+
+    Those of stacks of experts, whose ranks lie beside each other, and of BD-LoRA's blocks are not looked at.
+    """
+    if config.get("use_bdlora") or config.get("target_parameters"):
+        return
+    given = config.get("rank_pattern") or {}  # of some a pattern a module: compiled once
+    patterns = [(re.compile(rf"(.*\.)?({key})$"), rank) for key, rank in given.items()]
+    for name, (shape, _) in tensors.items():
+        half = re.search(r"\.lora_(?:embedding_A$|A\.)", name)
+        if half is None or ".experts." in name:
+            continue
+        module = name[: half.start()].removeprefix(PREFIX)
+        rank = next((own for pattern, own in patterns if pattern.match(module)), int(config["r"]))
+        if shape[0] != rank:
+            raise AdapterError(
+                f"{name} is of rank {shape[0]}, and {path.with_name(ADAPTER_CONFIG)} makes it {rank}.",
+                "Give both files as one save wrote them: the rank decides how an adapter is scaled.",
+            )
 
 
 def _other_half(name: str) -> str | None:
