@@ -24,7 +24,7 @@ from qlora_cli.core.models.files import files_beside, resolve_model
 from qlora_cli.core.models.hub import READ_FILES
 from qlora_cli.core.untrusted import check_expressions, check_files, is_ours
 from qlora_cli.errors import AdapterError, ModelError, QloraError, RunError, UsageError
-from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated
+from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated, report_nothing
 from tests.hub import PROJECT
 
 
@@ -93,9 +93,9 @@ def test_a_link_in_an_adapter_does_not_land_in_what_is_merged_and_pushed(model, 
     shutil.copy(model / "tokenizer.json", tmp_path / "adapter")
     (tmp_path / "adapter" / name).symlink_to(tmp_path / "secret")
     with pytest.raises(ModelError, match="link out of it"):
-        find_tokenizer(resolve_model(str(model)), tmp_path / "adapter")
+        find_tokenizer(resolve_model(str(model)), tmp_path / "adapter", 512, report_nothing)
     (tmp_path / "adapter" / name).rename(tmp_path / "adapter" / "plot.py")  # the user's own, which nothing names
-    assert find_tokenizer(resolve_model(str(model)), tmp_path / "adapter")
+    assert find_tokenizer(resolve_model(str(model)), tmp_path / "adapter", 512, report_nothing)
 
 
 CODE = "from transformers import PreTrainedTokenizerFast\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
@@ -111,12 +111,12 @@ def test_an_adapter_s_tokenizer_runs_its_base_s_code_where_that_was_asked_for_an
     if reference == "own.Own":
         assert type(files_beside(trusted, adapter).tokenizer).__name__ == "Own"
         with pytest.raises(ModelError, match="custom code"):
-            find_tokenizer(base, adapter)
+            find_tokenizer(base, adapter, 512, report_nothing)
     evil = adapter / f"{reference.partition('--')[0].removesuffix('.Own')}.py"
     evil.parent.mkdir(exist_ok=True)
     evil.write_text(f"open({str(proof)!r}, 'w')\n{CODE}")
     with pytest.raises(ModelError, match="cannot be read"):
-        find_tokenizer(trusted, adapter)
+        find_tokenizer(trusted, adapter, 512, report_nothing)
     assert not proof.exists()
 
 
@@ -422,7 +422,7 @@ SCRIPT = """
 import sys, types
 from qlora_cli.cli.app import main
 from qlora_cli.errors import DataError
-from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated
+from qlora_cli.events import Caution, Notice, Progress, RowShown, TextGenerated, report_nothing
 evil = "\\x1b]0;pwned\\x07\\x1b[2J\\u202e"
 def prepare(config, report):
     for event in (Notice(evil), Caution(evil), Progress(evil, 1, 2), TextGenerated(evil, True), RowShown(0, ((evil, True),), 1, 1, evil)):

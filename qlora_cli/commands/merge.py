@@ -129,7 +129,7 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
 
         plan = make_planner(options)[1]
         verifies = can_verify(plan, base, facts, options, report) if config.verify is None else config.verify
-        tokenizer = find_tokenizer(base.files, adapter_directory)
+        tokenizer = find_tokenizer(base.files, adapter_directory, plan.vocabulary or base.vocabulary, report)
         require_space(place.path, missing_bytes(place, plan))
         scratch = stack.enter_context(scratch_directory(place))
         choice = choose_base(config, source, base, make_planner, options, scratch, report)

@@ -362,10 +362,14 @@ def test_a_tokenizer_saved_again_is_merged_as_the_base_has_it_and_another_as_the
     del settings["chat_template"]  # which llama.cpp's converter prefers to the file
     assert json.loads((case.output / "tokenizer_config.json").read_text()) == settings
     assert not (case.output / "chat_template.json").exists()  # a processor would take it
-    tokenizer.add_tokens(["<another>"])
-    tokenizer.save_pretrained(case.adapter)
-    case.merge(overwrite=True)
+    told: list = []
+    for added in (["<another>"], [f"<{number}>" for number in range(200)]):
+        tokenizer.add_tokens(added)
+        tokenizer.save_pretrained(case.adapter)
+        case.merge(told, overwrite=True)
     assert "<another>" in AutoTokenizer.from_pretrained(case.output).get_vocab()
+    past = [event.text for event in told if "the merged model has embeddings for 512" in getattr(event, "text", "")]
+    assert len(past) == 1 and "tokens up to 584" in past[0]
 
 
 def test_tokenizer_template_and_generation_config_come_along(tiny_model, tmp_path) -> None:

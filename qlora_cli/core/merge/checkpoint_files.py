@@ -34,6 +34,7 @@ from qlora_cli.core.models.structure import head_names, tower_names
 from qlora_cli.core.rope_scaling import write_scaling
 from qlora_cli.core.storage.safetensors_file import INDEX_FILE, SINGLE_FILE, TensorFile
 from qlora_cli.errors import ModelError
+from qlora_cli.events import Caution, Report
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -82,12 +83,14 @@ def write_config(directory: Path, base: Base, plan: MergePlan, options: MergeOpt
     write_json(directory / CONFIG, config)
 
 
-def find_tokenizer(base: ModelFiles, adapter: Path) -> dict[Path, list[Path]]:
+def find_tokenizer(base: ModelFiles, adapter: Path, vocabulary: int, report: Report) -> dict[Path, list[Path]]:
     """The files of the tokenizer that a merged model gets, by the directory they are in: the adapter's only where it is
     another one than the base's, and of one with another chat template alone that.
 
     What transformers 5 saves of a tokenizer says the same in other words, with which transformers 4, and whatever is built
     on it, fails (`extra_special_tokens` in a list, `TokenizersBackend`), and lacks files that others read.
+
+    One of the adapter's that has tokens past the `vocabulary`, of which the merged model has embeddings, is reported.
 
     Raises:
         ModelError: The adapter's cannot be read, or is a link to elsewhere.
@@ -99,6 +102,10 @@ def find_tokenizer(base: ModelFiles, adapter: Path) -> dict[Path, list[Path]]:
     if are_same_tokenizer(adapter, base.directory):
         return own
     theirs = {adapter: tokenizer_files(adapter)}
+    highest = max(beside.tokenizer.get_vocab().values(), default=0)
+    if highest >= vocabulary:
+        text = f"The tokenizer in {adapter} has tokens up to {highest:,}, and the merged model has embeddings for {vocabulary:,}"
+        report(Caution(f"{text}: whoever reads a text with one past them fails, as theirs are not in the adapter."))
     *trained, template = tokenizer_content(beside.tokenizer)
     try:
         *original, template_before = tokenizer_content(base.tokenizer)
