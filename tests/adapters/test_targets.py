@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.artifacts import ADAPTER_CONFIG
 from qlora_cli.core.adapters.lora import attach_adapter, load_adapter, save_adapter
-from qlora_cli.core.adapters.targets import find_targets
+from qlora_cli.core.adapters.targets import describe_partial, find_targets
 from qlora_cli.core.models.structure import build_empty, linear_names
 from qlora_cli.errors import AdapterError
 from qlora_cli.settings.groups import LoraSettings
@@ -122,6 +122,21 @@ def test_targets_are_names_ends_expressions_or_all(llama, targets, excluded, fou
 def test_what_matches_nothing_or_says_nothing_is_one_sentence(llama, wrong):
     with pytest.raises(AdapterError):
         attach_adapter(llama, LoraSettings(**wrong))
+
+
+def test_named_modules_that_some_layers_do_not_have_are_told():
+    kinds = {"layer_types": ["conv", "full_attention", "conv"], "num_key_value_heads": 2, "intermediate_size": 128}
+    model = build_empty(transformers.Lfm2Config(**{**SMALL, "num_hidden_layers": 3}, **kinds))
+
+    def told(*wanted):
+        lora = LoraSettings(target_modules=wanted)
+        return describe_partial(find_targets(model, lora), lora, model)
+
+    assert told("q_proj", "w1", "lm_head") == "Not all layers have what --target-modules names: q_proj in 1 of 3."
+    assert told("w1") is told("all-linear") is told(".*layers.1.*") is None
+    events: list = []
+    attach_adapter(model, LoraSettings(target_modules=("q_proj",)), report=events.append)
+    assert "q_proj in 1 of 3" in events[0].text
 
 
 def test_a_layer_that_is_read_and_not_called_is_left_out_and_refused_by_name():

@@ -25,12 +25,12 @@ from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, sho
 from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, misread_tensors, stored_config
 from qlora_cli.core.adapters.shared_layers import apart, share_pairs
-from qlora_cli.core.adapters.targets import check_settings, find_targets, read_patterns, short_names
+from qlora_cli.core.adapters.targets import check_settings, describe_partial, find_targets, read_patterns, short_names
 from qlora_cli.core.adapters.vocabulary import replaced_weights, take_vocabulary
 from qlora_cli.core.models.structure import underlying_model
 from qlora_cli.core.untrusted import check_expressions
 from qlora_cli.errors import AdapterError, first_line
-from qlora_cli.events import Caution, Report, report_nothing
+from qlora_cli.events import Caution, Notice, Report, report_nothing
 from qlora_cli.settings.groups import LoraSettings
 from qlora_cli.sizes import format_count
 
@@ -54,6 +54,8 @@ def attach_adapter(
     """
     check_settings(model, lora)
     names, experts = find_targets(model, lora), expert_targets(model, lora)
+    if partial := describe_partial(names, lora, model):
+        report(Notice(partial))
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=_as_written(lora.alpha),

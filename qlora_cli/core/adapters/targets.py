@@ -139,6 +139,29 @@ def _find(
     return [name for name in names if name in chosen]
 
 
+def describe_partial(names: Sequence[str], lora: LoraSettings, model: PreTrainedModel) -> str | None:
+    """Which of the modules that were named some layers do not have, as a sentence: layers may be of several kinds, those with
+    attention one of eight. None where all have them, or where layers were named too.
+
+    Args:
+        names: In full, that are adapted.
+        lora: By which they were found.
+        model: With all its linear layers.
+    """
+    wanted, excluded = lora.target_modules or (ALL_LINEAR,), lora.exclude_modules or ()
+    if ALL_LINEAR in wanted or any(re.search(r"(?<!\w)\d", item) for item in (*wanted, *excluded)):
+        return None
+    layer = re.compile(r"(.*?\.)\d+(?=\.)")
+    places: dict[str, set[str]] = {}
+    for name in names:
+        if place := layer.match(name):
+            places.setdefault(name.rpartition(".")[2], set()).add(place[0])
+    stacks = {place[1] for name in names if (place := layer.match(name))}
+    every = {place[0] for name in linear_names(model) if (place := layer.match(name)) and place[1] in stacks}
+    partial = [f"{leaf} in {len(found)} of {len(every)}" for leaf, found in places.items() if len(found) < len(every)]
+    return f"Not all layers have what --target-modules names: {', '.join(partial)}." if partial else None
+
+
 def stack_names(model: PreTrainedModel) -> list[str]:
     """Full names of the stacks of experts."""
     return [f"{name}.{weight.name}" for name, module in find_experts(model) for weight in expert_weights(module)]
