@@ -146,6 +146,9 @@ def _load(files: ModelFiles, empty: Any, checkpoint: Checkpoint, account: Accoun
             quantization_config=four_bit,
         )
         packer.fill(base, account, empty)
+    for module in base.modules():  # some code computes otherwise by this (Jamba's time steps), and no copy has it
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
     base.config.name_or_path = base.name_or_path = str(files.directory)
     return base
 
