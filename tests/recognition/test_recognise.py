@@ -157,6 +157,7 @@ def test_texts_formatted_beforehand_are_told_from_typed_tokens():
     [
         ({"text": "<s>[INST] q [/INST] a </s>\n"}, "'<s>', '</s>'"),
         ({"instruction": "q", "output": "a<|eot_id|>"}, "'<|eot_id|>'"),
+        ({"instruction": "q", "output": "a<｜end▁of▁sentence｜>"}, "'<｜end▁of▁sentence｜>'"),
         ({"messages": [MESSAGES[0], {"role": "assistant", "content": "a<end_of_turn>"}]}, "'<end_of_turn>'"),
         ({"prompt": "<start_of_turn>q<end_of_turn>", "completion": "a"}, "'<start_of_turn>', '<end_of_turn>'"),
     ],
@@ -167,9 +168,11 @@ def test_control_tokens_of_other_models_are_said_to_be_letters(row, marks, tmp_p
     assert f"begin or end in {marks}, which this tokenizer does not have" in said
     assert ("lists of messages" in said) == asks and ("sed 's#" in said) == (not asks)
     if not asks:
-        (tmp_path / "DATA.jsonl").write_text(json.dumps(row) + "\n")
+        lines = [json.dumps(row), json.dumps(row, ensure_ascii=False), json.dumps(row).replace("/", r"\/")]  # as pandas
+        (tmp_path / "DATA.jsonl").write_text("\n".join(lines))
         subprocess.run(said[said.index("sed '") :], shell=True, check=True, cwd=tmp_path)
-        assert recognised([json.loads((tmp_path / "clean.jsonl").read_text())], byte_level()).remarks == ()
+        clean = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+        assert len(clean) == 3 and recognised(clean, byte_level()).remarks == ()
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,10 @@ def test_letters_that_stand_for_something_else_are_remarked(row, said, clean, tm
         subprocess.run(command, shell=True, check=bool(clean), cwd=tmp_path)
         rows = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
         assert len(rows) == clean and not any(said in remark for row in rows for remark in recognised(row).remarks)
+
+
+def test_line_ends_within_quotes_are_codes():
+    assert recognised({"question": "Print.", "answer": r"""printf("%d\n"); s.split('\n')"""}).remarks == ()
 
 
 @pytest.mark.parametrize(

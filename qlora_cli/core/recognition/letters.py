@@ -1,5 +1,6 @@
 """Letters in texts that were meant as something else: control tokens of other models, places of images, line ends."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 
@@ -26,8 +27,8 @@ ENDS = (
     "<｜end▁of▁sentence｜>",
 )
 PLACEHOLDERS = ("<image>", "<video>", "<audio>")  # of what stands in another column, where data of such models is made
-# A line end written as a backslash and an n. In formulas (\nabla) and paths a small letter follows.
-_ESCAPED = re.compile(r"\\n(?![a-z])")
+# A line end written as a backslash and an n. In formulas (\nabla) and paths a small letter follows, in code a quote.
+_ESCAPED = re.compile(r"\\n(?![a-z\"'`])")
 
 
 def remark_letters(texts: Sequence[str], encoder: TextEncoder, what: str) -> list[str]:
@@ -67,8 +68,16 @@ def _foreign(texts: Sequence[str], encoder: TextEncoder, what: str) -> list[str]
     if any(mark in TURNS for mark in found):
         way = "Conversations written as lists of messages (role and content) get those of the chat template instead."
     else:
-        way = f"Of JSON lines, this takes them off: sed '{';'.join(f's#{mark}##g' for mark in found)}' DATA.jsonl > clean.jsonl"
+        way = f"Of JSON lines, this takes them off: sed '{';'.join(_removals(found))}' DATA.jsonl > clean.jsonl"
     return [f"{len(framed)} of the first {len(texts)} {what} begin or end in {_as_letters(found)} {way}"]
+
+
+def _removals(marks: Sequence[str]) -> Iterator[str]:
+    """Commands of sed that take control tokens off JSON lines, however these write a slash (pandas: \\/) and what is not
+    ASCII (Python: \\uff5c)."""
+    for mark in marks:
+        for written in dict.fromkeys((mark, json.dumps(mark)[1:-1])):
+            yield "s#" + written.replace("\\", "\\\\").replace("/", "\\\\*/") + "##g"
 
 
 def name_marks_of_template(template: str, encoder: TextEncoder) -> list[str]:
