@@ -13,7 +13,7 @@ NAMES_SHOWN = 20
 BYTE_ORDER_MARK = "\ufeff"
 EXCELS = re.compile(rb"(?:\xef\xbb\xbf)?sep=([,;|\t])\s*")  # what may stand before the header, for Excel
 AS_LETTERS = """Where quotes are letters, this writes them so: python -c 'import csv; csv.writer(open("clean.tsv","w",newline=""),\
-delimiter="\\t").writerows(csv.reader(open("DATA.tsv",newline=""),delimiter="\\t",quoting=csv.QUOTE_NONE))'."""
+delimiter="\\t").writerows(csv.reader(open("DATA.tsv",newline=""),delimiter="\\t",quoting=csv.QUOTE_NONE))'"""
 MOST_COLUMNS = 2**14  # each row is held as an object with all of their names
 
 
@@ -27,7 +27,7 @@ def read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs:
         tabs: Whether it is separated by tabs; else by commas, or by what its first line has or says ("sep=;").
     """
     chunk = Chunk(name)
-    head = stream.peek(1).partition(b"\n")[0]
+    head = next(filter(bytes.strip, stream.peek(1).splitlines()), b"")  # blank lines may stand before the header
     stated = EXCELS.fullmatch(head)
     delimiter = "\t" if tabs else next((sign for sign in ",;\t|" if sign.encode() in head), ",")
     delimiter = stated[1].decode() if stated else delimiter
@@ -39,8 +39,8 @@ def read_csv(stream: io.BufferedReader, name: str, max_line_bytes: int, *, tabs:
     try:
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         if stated:
-            next(rows)
-        header = next(filter(None, rows), [])  # blank lines may stand before it
+            next(filter(None, rows))
+        header = next(filter(None, rows), [])
         if problem := _problem_of_header(header):
             chunk.fail(rows.line_num, problem)
             yield chunk
