@@ -755,6 +755,9 @@ TOKENS = {
         [{"input_ids": [0, 0, 5, 6, 0]}, {"input_ids": [5, 0, 6]}],
         [[6, None], [0, 6, None]],
     ),
+    "labels of padding that a mask leaves out": (
+        [{"input_ids": [5, 6, 0], "labels": [-100, 6, 1], "attention_mask": [1, 1, 0]}], [[6, None]],
+    ),
     "a mask of true and false": ([{"input_ids": [5, 6, 7], "loss_mask": [False, True, True]}], [[6, 7, None]]),
     "labels that mask the last words": ([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]}], [[6, 7]]),
     "rows packed beforehand": (
@@ -777,6 +780,15 @@ def test_masks_that_the_data_gives_are_obeyed(name, tmp_path):
     assert [ids[trained].tolist() for ids, trained in found] == [
         [eos if t is None else t for t in row] for row in expected
     ]
+
+
+def test_padding_by_end_tokens_is_taken_off_either_end(tmp_path):
+    tokenizer = deepcopy(byte_level())
+    tokenizer.pad_token = tokenizer.eos_token
+    end = tokenizer.eos_token_id
+    rows = [{"input_ids": ids} for ids in ([end, end, 5, 6, end], [end, 5, 6, end], [5, 6, end, end])]
+    found, said = prepared(tmp_path, rows, tokenizer)
+    assert [row.count("<|im_end|>") for row in found] == [1, 2, 1] and "2 of 3 rows were filled up with padding" in said
 
 
 def test_rows_of_one_record_keep_its_number(tmp_path):

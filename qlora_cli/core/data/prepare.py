@@ -49,7 +49,7 @@ from qlora_cli.settings.groups import DataSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-PREPARATION = 8  # raised when the same input would give other rows, so that older caches are not taken for these
+PREPARATION = 9  # raised when the same input would give other rows, so that older caches are not taken for these
 DEFAULT_MAX_LENGTH = 2048
 SAMPLE_RECORDS = 256  # looked at to recognise the format
 SAMPLE_LETTERS = 2**23  # where rows are long, fewer of them do

@@ -215,8 +215,8 @@ class Tokeniser:
         return list(zip(np.split(ids, cuts), np.split(trained, cuts), strict=True))
 
     def _without_padding(self, ids: np.ndarray) -> np.ndarray:
-        """(n,) bool, False for what fills a row up at its ends: padding tokens; of EOS, where these are one, all but the first
-        at the end."""
+        """(n,) bool, False for what fills a row up at its ends: padding tokens; where these are EOS too, all
+        but the first at the end, and at the beginning if there are several."""
         spec = self._encoder.spec
         padding = self._encoder.control_ids.get(spec.names.get("pad_token", ""))
         if padding is None or padding in spec.prefix_ids or padding not in (*ids[:1], *ids[-1:]):
@@ -224,7 +224,9 @@ class Tokeniser:
         words = np.flatnonzero(ids != padding)
         if not words.size:
             return np.ones(ids.size, dtype=bool)
-        first, last = (0, words[-1] + 1) if padding == spec.eos_id else (words[0], words[-1])
+        first, last = words[0], words[-1]
+        if padding == spec.eos_id:  # one at the beginning may stand between documents
+            first, last = (first if first > 1 else 0), last + 1
         places = np.arange(ids.size)
         return (places >= first) & (places <= last)
 

@@ -9,7 +9,7 @@ from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
 
 # Columns beside the tokens of a row, each with an entry a token.
 GIVEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # 1 where a token is trained
-BESIDE_IDS = ("labels", "attention_mask", *GIVEN_MASKS, "position_ids")
+BESIDE_IDS = ("attention_mask", "labels", *GIVEN_MASKS, "position_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
