@@ -657,6 +657,10 @@ def test_columns_of_later_rows_alone_are_named(tmp_path):
     ]
     found, said = prepared(tmp_path / "null", rated, byte_level())
     assert len(found) == SAMPLE_RECORDS + 1 and "hold nothing are not used: 'weight' (in 1 row). To" in said
+    (tmp_path / "rejected").mkdir()
+    pairs = [{"prompt": "A lake?", "chosen": "Chiemsee.", "rejected": bad} for bad in [None] * SAMPLE_RECORDS + ["No."]]
+    found, said = prepared(tmp_path / "rejected", pairs, byte_level())
+    assert len(found) == SAMPLE_RECORDS + 1 and "'rejected' is left out" in said and "hold nothing" not in said
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -756,7 +760,8 @@ TOKENS = {
         [[6, None], [0, 6, None]],
     ),
     "labels of padding that a mask leaves out": (
-        [{"input_ids": [5, 6, 0], "labels": [-100, 6, 1], "attention_mask": [1, 1, 0]}], [[6, None]],
+        [{"input_ids": [5, 6, 0], "labels": [-100, 6, 1], "attention_mask": [1, 1, 0]}],
+        [[6, None]],
     ),
     "a mask of true and false": ([{"input_ids": [5, 6, 7], "loss_mask": [False, True, True]}], [[6, 7, None]]),
     "labels that mask the last words": ([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, -100]}], [[6, 7]]),

@@ -76,7 +76,8 @@ def recognise(records: Sequence[Record], settings: DataSettings, encoder: TextEn
     recognised = with_selection(columns, recognised, settings, is_restated=is_restated)
     recognised = _with_unused(columns, recognised)
     held = {name for record in records for name, value in record.items() if value not in NOTHING}
-    recognised = replace(_without_media(columns, recognised, settings), columns=frozenset(held.union(recognised.used)))
+    held.update(recognised.used, filter(None, [recognised.rejected]))  # which may be empty at first
+    recognised = replace(_without_media(columns, recognised, settings), columns=frozenset(held))
     return replace(recognised, rules=replace(recognised.rules, fields=inner)) if inner else recognised
 
 
