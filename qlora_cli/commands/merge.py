@@ -51,6 +51,7 @@ from qlora_cli.core.merge.plan import MergeOptions, MergePlan, MergePlanner
 from qlora_cli.core.merge.push import check_upload, push_model
 from qlora_cli.core.merge.verify import can_verify, require_same, verify_merge
 from qlora_cli.core.merge.writer import choose_workers, write_files
+from qlora_cli.core.models.files import has_tokenizer
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
 from qlora_cli.core.prompts.formatting import Formatting, default_formatting
@@ -144,7 +145,8 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             seconds = time.perf_counter() - started
             write_config(directory, base, plan, options)
             copy_checkpoint_files(base.files.directory, tokenizer, adapter_directory, directory)
-            if formatting := find_run_record(adapter_directory).get("formatting"):
+            formatting = find_run_record(adapter_directory).get("formatting")
+            if formatting and has_tokenizer(directory):
                 tokenizer_of = replace(base.files, directory=directory)
                 add_end_marks(directory, closing_ids(tokenizer_of.tokenizer, Formatting.from_dict(formatting)))
             write_index(directory, [file.name for file in plan.files])

@@ -1,7 +1,8 @@
 """A merged model answers as base and adapter did, formatted alike, through the same command."""
 
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -66,6 +67,10 @@ def test_a_merge_of_a_chat_ends_answers_at_the_mark_that_closed_them(load_tiny, 
     untrained = f"The adapter in {run} changes nothing: B of every pair is zero, as before training."
     assert [event.text for event in reported if isinstance(event, Caution)].count(untrained) == 2
     assert json.loads((merged / "generation_config.json").read_text())["eos_token_id"] == [0, 1]
+    bare = shutil.copytree(tiny_model("llama"), tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+    config = MergeConfig(adapter=str(run), model=str(bare), output=str(merged), base="original", verify=False)
+    merge(replace(config, overwrite=True), reported.append)
+    assert (merged / "generation_config.json").read_bytes() == (bare / "generation_config.json").read_bytes()
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, [0, 7]), ([0, 5], [0, 5, 7]), (None, 7), (7, 7), ([7, 0], [7, 0])])
@@ -73,7 +78,9 @@ def test_a_merge_of_a_chat_ends_answers_at_the_mark_that_closed_them(load_tiny, 
 def test_end_marks_are_added_to_those_there_are(tmp_path, before, after, written):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": before, "pad_token_id": 3, "vocab_size": 9}))
     if written:
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": before, "top_k": 2}))
+        as_configured = {"_from_model_config": True} if after != before else {}
+        content = as_configured | {"eos_token_id": before, "top_k": 2}
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
     add_end_marks(tmp_path, {7})
     if not written and after == before:
         assert not (tmp_path / "generation_config.json").exists()  # transformers makes itself the same

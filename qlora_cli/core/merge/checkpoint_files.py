@@ -166,6 +166,7 @@ def add_end_marks(directory: Path, closing: Iterable[int]) -> None:
     known = found if isinstance(found, list) else [found] if found is not None else []
     if missing := sorted(set(closing) - {mark for mark in known if isinstance(mark, int)}):
         ends = [*known, *missing]
+        content.pop("_from_model_config", None)  # by which transformers 4 may take the configuration's marks instead
         write_json(path, {**content, "eos_token_id": ends if len(ends) > 1 else ends[0]})
 
 
