@@ -197,8 +197,15 @@ def test_letters_that_stand_for_something_else_are_remarked(row, said, clean, tm
         assert len(rows) == clean and not any(said in remark for row in rows for remark in recognised(row).remarks)
 
 
-def test_line_ends_within_quotes_are_codes():
-    assert recognised({"question": "Print.", "answer": r"""printf("%d\n"); s.split('\n')"""}).remarks == ()
+@pytest.mark.parametrize("answer", [r"""printf("%d\n"); s.split('\n')""", r'{"a": "One.\nTwo"}'])
+def test_line_ends_in_code_and_json_are_no_remark(answer):
+    assert recognised({"question": "Print.", "answer": answer}).remarks == ()
+
+
+def test_a_heading_at_the_end_of_prompts_is_remarked_where_the_answer_follows_it():
+    row = {"instruction": "Q: A lake?\nA:", "input": "", "output": "Chiemsee."}
+    assert "Every prompt ends like 'A:'" in recognised(row).remarks[0]
+    assert recognised([row, {**row, "input": "Of Bavaria."}]).remarks == ()
 
 
 @pytest.mark.parametrize(

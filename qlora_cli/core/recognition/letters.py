@@ -49,7 +49,10 @@ def _placeholders(texts: Sequence[str], what: str) -> Iterator[str]:
 
 def _escaped(texts: Sequence[str], what: str) -> Iterator[str]:
     """That a quarter of texts and more hold line ends as two letters, and none a real one; some commands of shells do."""
-    count = sum(_ESCAPED.search(text) is not None for text in texts)
+    others = (
+        text for text in map(str.strip, texts) if not text.startswith(("{", "[")) and not text.endswith(("}", "]"))
+    )
+    count = sum(_ESCAPED.search(text) is not None for text in others)  # but in JSON, which writes them so
     if count > len(texts) / 4 and not any("\n" in text for text in texts):
         yield (
             f"{count} of the first {len(texts)} {what} hold line ends as two letters, \\n, and none a real one. Of JSON lines, "

@@ -158,7 +158,8 @@ def recognise_pair(columns: Columns, settings: DataSettings, encoder: TextEncode
             template=template,
             template_without_optional=short,
         )
-    remarks += _remark_pairs(columns, prompt, answer, encoder, has_headings=not how)
+    has_more = optional is not None and any(columns.values(optional))  # between what a prompt ends in and its answer
+    remarks += _remark_pairs(columns, prompt, answer, encoder, has_headings=not (how or has_more))
     also = f" (and {optional!r} where it is not empty)" if optional else ""
     sentence = f"prompt in column {prompt!r}{also}, completion in {answer!r}, {describe_trained(train_on)}"
     rejected = pair.rejected if pair and answer == pair.completion else None
