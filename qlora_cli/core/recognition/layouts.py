@@ -10,7 +10,7 @@ from functools import partial
 from itertools import chain, pairwise
 from typing import Any
 
-from qlora_cli.core.recognition.columns import CONVERSATIONS, Columns, list_names
+from qlora_cli.core.recognition.columns import CONVERSATIONS, PAIRS, Columns, list_names
 from qlora_cli.core.records.messages import (
     ANSWERED,
     ASKED,
@@ -148,21 +148,21 @@ def refuse_logged_calls(columns: Columns) -> None:
     """
     for name in columns.names:
         inner = next((key for key in ("", "body") if columns.holds(name, partial(_has_choices, inner=key))), None)
-        asked = next((other for other in columns.names if columns.holds(other, _has_messages)), None)
+        asked = _what_was_sent(columns)
         if inner is None or (asked is None and "custom_id" not in columns.names):
             continue
         came = f"(r.get({_quoted(name)}) or {{}})" + (f".get({_quoted(inner)},{{}})" if inner else "")
-        before = f'r[{_quoted(asked)}]["messages"]' if asked else 'm[r["custom_id"]]'
+        sent = asked[1] if asked else 'm[r["custom_id"]]'
         code = (
             "" if asked else 'm={r["custom_id"]:r["body"]["messages"] for r in map(json.loads,open("BATCH.jsonl"))}; '
         )
         code += (
-            f'[print(json.dumps({{"messages":{before}+[c[0]["message"]]}})) for r in {ROWS} '
+            f'[print(json.dumps({{"messages":{sent}+[c[0]["message"]]}})) for r in {ROWS} '
             f'if (c:={came}.get("choices"))]'
         )
         raise DataError(
             f"Column {name!r} holds what the API of a model sent back. Of JSON lines, the command below joins each first answer to "
-            + (f"the messages in {asked!r}." if asked else "its messages in the batch that was sent, BATCH.jsonl."),
+            + (f"what {asked[0]!r} holds." if asked else "its messages in the batch that was sent, BATCH.jsonl."),
             _command(code),
         )
 
@@ -173,8 +173,21 @@ def _has_choices(value: Any, *, inner: str) -> bool:
     return isinstance(choices, list) and bool(choices) and isinstance(choices[0], dict) and "message" in choices[0]
 
 
-def _has_messages(value: Any) -> bool:
-    return isinstance(value, dict) and holds_messages(value.get("messages"))
+def _what_was_sent(columns: Columns) -> tuple[str, str] | None:
+    """The column of what an API was asked, and its messages, of a row `r` in Python."""
+    for name in columns.names:
+        for keys in (("messages",), ("body", "messages")):
+            if columns.holds(name, partial(_has_messages, keys=keys)):
+                return name, "r" + "".join(f"[{_quoted(key)}]" for key in (name, *keys))
+    asked = columns.find(name for name, _, _ in PAIRS)
+    is_text = asked is not None and columns.is_text(asked)
+    return (asked, f'[{{"role":"user","content":r[{_quoted(asked)}]}}]') if asked and is_text else None
+
+
+def _has_messages(value: Any, *, keys: tuple[str, ...]) -> bool:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return holds_messages(value)
 
 
 def _are_linked(value: Any) -> bool:
