@@ -557,6 +557,7 @@ JOINED = {
     "bodies of what was sent and came back": (
         [{"request": {"body": {"messages": [ASK]}}, "response": {"body": {"choices": [{"message": ANSWER}]}}}] * 2, [TURN, TURN],
     ),
+    "messages and what an API sent back": ([{"messages": [ASK], "response": {"choices": [{"message": ANSWER}]}}] * 2, [TURN, TURN]),
     "a question and what an API sent back": ([{"prompt": ASK["content"], "response": {"choices": [{"message": ANSWER}]}}] * 2, [TURN, TURN]),
     "nulls among messages": ([{"messages": [None, ASK, ANSWER], "id": 1}, {"messages": [ASK, None, ANSWER]}], [TURN, TURN]),
     "turns in fields that nobody knows": ([{"chat": {"turn_1": SAID}}, {"chat": {"turn_1": SAID}}], [TURN, TURN]),

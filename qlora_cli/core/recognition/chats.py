@@ -11,7 +11,7 @@ from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import TextEncoder
 from qlora_cli.core.prompts.formatting import chat_formatting, own_template
 from qlora_cli.core.recognition.columns import ANSWERS, CONVERSATIONS, Columns, list_names, named_like_answers
-from qlora_cli.core.recognition.layouts import refuse_without_answers
+from qlora_cli.core.recognition.layouts import refuse_logged_calls, refuse_without_answers
 from qlora_cli.core.recognition.letters import name_marks_of_template, remark_letters
 from qlora_cli.core.recognition.pairs import Pair, is_nested
 from qlora_cli.core.recognition.recognised import Recognised, describe_trained
@@ -193,6 +193,7 @@ def _answer_to(columns: Columns, settings: DataSettings, messages: str) -> str |
     likely = [name for name in likely if name in texts or name.lower() in ANSWERS]
     if len(alone) == 1 or not likely:
         return next(iter(likely), None)
+    refuse_logged_calls(columns)
     raise DataError(
         f"The conversations in {messages!r} all end without an answer, and {list_names(likely)} may hold it.",
         f"Choose: --prompt-column {shlex.quote(messages)} --completion-column {shlex.quote(likely[0])}, or to train on the "

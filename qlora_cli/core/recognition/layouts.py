@@ -176,7 +176,7 @@ def _has_choices(value: Any, *, inner: str) -> bool:
 def _what_was_sent(columns: Columns) -> tuple[str, str] | None:
     """The column of what an API was asked, and its messages, of a row `r` in Python."""
     for name in columns.names:
-        for keys in (("messages",), ("body", "messages")):
+        for keys in ((), ("messages",), ("body", "messages")):
             if columns.holds(name, partial(_has_messages, keys=keys)):
                 return name, "r" + "".join(f"[{_quoted(key)}]" for key in (name, *keys))
     asked = columns.find(name for name, _, _ in PAIRS)
