@@ -132,8 +132,8 @@ class PreparationStatistics:
                     )
                 )
         if count := counts["truncated"]:
-            cut = "was cut at --max-length and has" if count == 1 else "were cut at --max-length and have"
-            report(Caution(f"{count} of {rows} {cut} no end of text; --overlong split would keep what was cut off."))
+            cut = f"{_were(count)} cut at --max-length and {_have(count)} no end of text"
+            report(Caution(f"{count} of {rows} {cut}; --overlong split would keep what was cut off."))
         if count := counts["split"]:
             report(Notice(f"{count} of {rows} {_were(count)} split at --max-length."))
         for reason, count in self.dropped.most_common():
@@ -189,18 +189,16 @@ class PreparationStatistics:
                 )
             )
         if count := counts["moved"]:
-            has = "has" if count == 1 else "have"
             report(
                 Notice(
-                    f"{format_count(count, 'conversation')} {has} system or developer turns that the chat template does "
+                    f"{format_count(count, 'conversation')} {_have(count)} system or developer turns that the chat template does "
                     "not print as they stand; they were put into its system turn, or into the user turn that follows."
                 )
             )
         if count := counts["reordered"]:
-            has = "has" if count == 1 else "have"
             report(
                 Notice(
-                    f"{format_count(count, 'conversation')} {has} results of tools in another order than the calls, and the "
+                    f"{format_count(count, 'conversation')} {_have(count)} results of tools in another order than the calls, and the "
                     "chat template prints no ids: they were put into the order of the calls."
                 )
             )
@@ -238,3 +236,7 @@ def _name_most(counts: Counter[str], where: str) -> str:
 
 def _were(count: int) -> str:
     return "was" if count == 1 else "were"
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"

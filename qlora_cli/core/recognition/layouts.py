@@ -130,8 +130,9 @@ def refuse_null_turns(columns: Columns) -> None:
     """
     for name in columns.names:
         for number, value in enumerate((row.get(name) for row in columns.records), start=1):
-            turns = [turn for turn in value if turn is not None] if isinstance(value, list) else []
-            if isinstance(value, list) and len(turns) < len(value) and holds_messages(turns):
+            if not isinstance(value, list) or None not in value:
+                continue
+            if holds_messages([turn for turn in value if turn is not None]):
                 code = f"[print(json.dumps({{**r,{_quoted(name)}:[t for t in r[{_quoted(name)}] or [] if t]}})) for r in {ROWS}]"
                 raise DataError(
                     f"Column {name!r} holds nulls among the messages, in row {number} message {value.index(None) + 1}. Of "
