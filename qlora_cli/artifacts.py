@@ -332,7 +332,8 @@ def describe_place(directory: Path) -> tuple[str, str] | None:
         return "it holds prepared rows", f"They go by: --prepared {place}"
     if is_model(directory):
         return "it holds a whole model", f"That goes by: --model {place}"
-    return ("it holds a run or an adapter", f"That goes by: --adapter {place}") if is_run(directory) else None
+    way = f"To train on, merge it, or go on with its run: --output {place} --resume. Other commands: --adapter {place}"
+    return ("it holds a run or an adapter", way) if is_run(directory) else None
 
 
 def is_prepared(directory: Path) -> bool:

@@ -137,7 +137,7 @@ def test_what_stands_behind_the_wrong_flag_is_named_with_the_right_one(line, mea
         ("train --data a.txt --model https://huggingface.co/org/m/tree/main", "→ Type: --model org/m"),
         ("train --data a.txt --model .", "→ Give --model a transformers checkpoint."),
         ("train --data a.txt --model weights", "it holds GGUF, which is not trained on."),
-        ("train --data a.txt --model run", "→ That goes by: --adapter run"),
+        ("train --data a.txt --model run", "Other commands: --adapter run"),
         ("train --data a.txt --model gone", "gone is a link that leads nowhere."),
         ("train --model m --data gone", "gone is a link that leads nowhere."),
         ("train --model m --data https://huggingface.co/datasets/org/rows", "→ Type: --data org/rows"),

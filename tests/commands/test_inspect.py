@@ -226,7 +226,9 @@ def test_a_merge_that_will_be_refused_is_told(tiny_model, monkeypatch):
     monkeypatch.setattr("qlora_cli.core.inspection.model_summary.foresee_refusal", lambda *_: refused)
     facts = look(model=str(tiny_model("llama")))
     said = "A merge of its adapters will be refused: A weight cannot be put back. Use the adapter unmerged."
-    assert said in of_a_model(facts).sentences
+    screen = of_a_model(facts)
+    assert said in screen.sentences and "to merge" not in dict(screen.facts)
+    assert "to merge" in dict(of_a_model({**facts, "merges_original": True}).facts)
 
 
 def test_a_directory_of_a_model_is_looked_at_like_model(tiny_model):

@@ -27,7 +27,7 @@ def of_a_model(result: dict[str, Any]) -> Screen:
         facts = [
             ("to train", f"{needed} of the card, {format_bytes(result['training']['host_bytes'])} of the host"),
             ("to answer", f"{format_bytes(result['generation']['device_bytes'])} of the card"),
-            ("to merge", f"{format_bytes(result['merging']['host_bytes'])} of the host"),
+            *_to_merge(result),
             _weights(result),
             ("4-bit copy on disk", format_bytes(result["disk"]["base_cache_bytes"])),
         ]
@@ -51,6 +51,13 @@ def of_a_model(result: dict[str, Any]) -> Screen:
         )
         shown = [each for each in result["tables"] if each["title"] == "These layers in more bits"]
     return Screen(sentences, facts, shown)
+
+
+def _to_merge(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a merge takes; nothing where every merge will be refused."""
+    if result.get("merging_refused") and not result.get("merges_original"):
+        return []
+    return [("to merge", f"{format_bytes(result['merging']['host_bytes'])} of the host")]
 
 
 def _held_elsewhere(settings: dict[str, Any]) -> list[str]:
