@@ -52,7 +52,7 @@ from qlora_cli.core.training.lr_schedule import learning_rate_schedule
 from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer
 from qlora_cli.core.training.progress import TrainerState, read_trainer_state
 from qlora_cli.core.training.reporting import RunReporter
-from qlora_cli.core.training.resume import find_shared_checkpoint, restore_or_seed
+from qlora_cli.core.training.resume import find_shared_checkpoint, report_rate, restore_or_seed
 from qlora_cli.core.training.state import Checkpointing, load_optimizer
 from qlora_cli.core.training.trainer import Optimization, Trainer
 from qlora_cli.errors import CheckpointError
@@ -369,18 +369,21 @@ def start_optimization(
             optimizer.state.clear()
             run.report(Caution(f"The optimizer starts without its state: {error.message}"))
     restore_or_seed(checkpoint, parameters.device, seed=config.seed, rank=run.ranks.rank)
+    rate = learning_rate_schedule(
+        config.scheduler,
+        peak=config.learning_rate,
+        warmup_steps=decisions.warmup_steps,
+        total_steps=inputs.data.sampler.total_steps,
+    )
     if checkpoint:
         checkpoint.close()
+        if config.allow_changes:
+            report_rate(run.output, checkpoint.step, rate(checkpoint.step + 1), run.report)
     return Optimization(
         parameters=parameters,
         optimizer=optimizer,
         unallocated_bytes=unallocated_bytes,
-        learning_rate=learning_rate_schedule(
-            config.scheduler,
-            peak=config.learning_rate,
-            warmup_steps=decisions.warmup_steps,
-            total_steps=inputs.data.sampler.total_steps,
-        ),
+        learning_rate=rate,
         max_grad_norm=config.max_grad_norm,
         scaled=decisions.compute_dtype == torch.float16,
     )

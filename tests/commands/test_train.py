@@ -549,6 +549,7 @@ def test_allowed_changes_are_said_and_an_optimizer_that_does_not_fit_starts_fres
     )
     cautions = " ".join(e.text for e in events if isinstance(e, Caution))
     assert "settings.learning_rate: 0.005 → 0.001" in cautions and "optimizer starts without its state" in cautions
+    assert "The learning rate was 0.00346 in step 5 and is 0.000655 in the next." in cautions
     assert result.steps == 11
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from qlora_cli.artifacts import read_metrics
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, differences, newest_valid, verify_checkpoint
 from qlora_cli.core.training.rng_state import restore_random_state
@@ -13,6 +14,7 @@ from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
 
 ABSENT = ("rope_scaling",)  # None in a run saved before there was such a setting
+RATE_JUMP = 1.5  # from one step to the next, more than any schedule takes behind its warm-up
 RANK_STRIDE = 1_000_003  # between the seeds of two ranks
 
 
@@ -75,6 +77,14 @@ def find_shared_checkpoint(
             f"Rank {ranks.rank} cannot read {path}, from which the others go on: {error.message}.",
             "Check that every machine sees the same --output.",
         ) from error
+
+
+def report_rate(root: Path, step: int, rate: float, report: Report) -> None:
+    """Says where the learning rate after a changed run's `step` is far from the rate there: a schedule of other steps
+    goes on where it would be by then, and a decay that is stretched goes up."""
+    before = next((line.get("learning_rate") for line in read_metrics(root) if line["step"] == step), None)
+    if before and not RATE_JUMP > rate / before > 1 / RATE_JUMP:
+        report(Caution(f"The learning rate was {before:.3g} in step {step:,} and is {rate:.3g} in the next."))
 
 
 def _compare(saved: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
