@@ -84,7 +84,7 @@ KINDS = {
     "to 8 bits": ("_quantise_rows", "_unpack"),
     "expert adapters": ("_project_rows", "_outer_rows", "_add_rows", "_turn_matrices"),
     "experts": ("_multiply_", "grouped", "groupproblem", "_expand", "_join", "_gate", "_count", "_place", "_dots"),
-    "attention": ("flash", "fmha", "cudnn", "attention", "sdpa"),
+    "attention": ("flash", "fmha", "cudnn", "attention", "sdpa", "_attend", "_of_keys", "_of_queries"),
     "GEMM": ("gemm", "cutlass", "nvjet", "xmma", "cublas", "splitk"),
     "dequantise": ("_dequantize",),
     "loss": ("_loss_and_gradient",),

@@ -210,19 +210,23 @@ def host_cost() -> None:
 
 
 def attend() -> None:
-    """Packed attention, torch's varlen_attn and cuDNN, on rows of one length and on packed ones."""
+    """Packed attention, torch's varlen_attn (flash) and cuDNN, on rows of one length and on packed ones; also with fewer
+    keys than heads, windows and sinks."""
     from torch.nn.attention.varlen import varlen_attn
 
-    for heads, size, lengths in ((32, 128, (2048, 2048)), (64, 96, (2048,)), (16, 64, (2048,) * 4), (71, 64, (2048,))):
+    two = (2048, 2048)
+    shapes = ((32, 32, 128, two), (64, 64, 96, (2048,)), (16, 16, 64, (2048,) * 4), (71, 71, 64, (2048,)))
+    for heads, key_heads, size, lengths in (*shapes, (32, 4, 128, two), (64, 8, 64, two)):
         for kind, rows in (("equal", lengths), ("packed", (170,) * (sum(lengths) // 170))):
             tokens, longest = sum(rows), max(rows)
             q, k, v = (
-                torch.randn(tokens, heads, size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-                for _ in range(3)
+                torch.randn(tokens, count, size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+                for count in (heads, key_heads, key_heads)
             )
+            sinks = torch.randn(heads, device=DEVICE, dtype=torch.bfloat16)
             cu = torch.arange(0, tokens + 1, longest, device=DEVICE, dtype=torch.int32)
             grad = torch.randn_like(q)
-            key = f"attention time {heads}x{size} {kind} {tokens}"
+            key = f"attention time {heads}x{size}, {key_heads} keys, {kind} {tokens}"
 
             def backward_of(forward, q=q, k=k, v=v, grad=grad):
                 out = forward()
@@ -232,6 +236,15 @@ def attend() -> None:
                 "ours": lambda a=(q, k, v, cu, longest, size**-0.5, None): attention.packed_attention(*a),
                 "varlen": lambda a=(q, k, v, cu, cu, longest, longest): varlen_attn(*a, window_size=(-1, 0)),
             }
+            if key_heads < heads:
+                given = (q, k, v, cu, longest, size**-0.5)
+                forms |= {
+                    "ours, window 128": lambda a=given: attention.packed_attention(*a, 128),
+                    "ours, window 513": lambda a=given: attention.packed_attention(*a, 513),
+                    "ours, sinks": lambda a=given: attention.packed_attention(*a, None, sinks),
+                }
+            if key_heads < heads and kind == "equal":
+                forms["cuDNN, sinks"] = lambda a=given: attention.packed_attention(*a, None, sinks, equal_rows=True)
             if kind == "packed":
                 forms["ours, longest 2048"] = lambda a=(q, k, v, cu, 2048, size**-0.5, None): (
                     attention.packed_attention(*a)

@@ -23,7 +23,7 @@ def _rows(boundaries, *tensors):
         yield tuple(tensor[start:end] for tensor in tensors)
 
 
-def attend(query, key, value, sinks, boundaries, longest, scale, window, cap):
+def attend(query, key, value, sinks, boundaries, longest, scale, window, cap, equal_rows):
     groups = query.shape[1] // key.shape[1]
     rows = _rows(boundaries, query, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1))
     scores = [(_scores(q, k, scale, window, cap), v) for q, k, v in rows]
@@ -32,7 +32,7 @@ def attend(query, key, value, sinks, boundaries, longest, scale, window, cap):
     return out, (lse if sinks is None else add_sinks(out, lse, sinks)).flatten()
 
 
-def attend_backward(grad, query, key, value, out, lse, boundaries, longest, scale, window, cap):
+def attend_backward(grad, query, key, value, out, lse, boundaries, longest, scale, window, cap, equal_rows):
     groups = query.shape[1] // key.shape[1]
     found = []
     keys, values = (t.repeat_interleave(groups, dim=1) for t in (key, value))

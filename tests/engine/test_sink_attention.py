@@ -10,7 +10,7 @@ from qlora_cli.core.adapters.lora import attach_adapter
 from qlora_cli.core.engine.calibration import Calibration
 from qlora_cli.core.engine.engine import install_engine
 from qlora_cli.core.engine.lora_linear import AdapterValues
-from qlora_cli.core.engine.packed_attention import install_attention, takes_equal_rows
+from qlora_cli.core.engine.packed_attention import _attend_pack, install_attention, pack_mask, takes_equal_rows
 from qlora_cli.core.models.structure import find_decoder, underlying_model
 from qlora_cli.events import Notice
 from qlora_cli.settings.groups import LoraSettings, StepSettings
@@ -127,5 +127,19 @@ def test_attention_that_is_given_more_than_is_known_stays_the_models_own(kind, n
     ] == "Attention with sinks holds all of its scores at once"
 
 
-def test_equal_rows_with_sinks_do_not_go_to_attention_without():
-    assert not takes_equal_rows(find_decoder(underlying_model(build("gpt_oss"))), torch.device("cuda"))
+def test_packs_of_equal_rows_attend_as_by_their_boundaries_with_sinks_and_windows():
+    torch.manual_seed(0)
+    module, rows, longest = torch.nn.Module(), 3, 12
+    query, key, value = (torch.randn(rows * longest, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    boundaries = torch.arange(rows + 1, dtype=torch.int32) * longest
+    masks = [pack_mask(boundaries, longest, equal_rows) for equal_rows in (0, rows)]
+    sinks = torch.randn(4, dtype=torch.float64)
+    for given in ((None, sinks), (5, sinks), (5, None)):
+        own, found = (_attend_pack(module, query, key, value, mask, 0.3, *given) for mask in masks)
+        assert torch.allclose(found, own, rtol=0, atol=1e-12)
+
+
+def test_equal_rows_go_by_themselves_where_heads_are_such_as_cudnn_takes():
+    for size, takes in ((64, True), (16, False)):
+        decoder = find_decoder(underlying_model(build("gpt_oss", head_dim=size)))
+        assert takes_equal_rows(decoder, torch.device("cuda")) is takes

@@ -1,6 +1,8 @@
 """Packed attention, with sinks and without, equals attention over each row alone."""
 
+from functools import partial
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +52,8 @@ def test_matches_float64_on_the_cpu(heads, key_heads, window):
 
 def opaque(query, key, value, boundaries, longest, scale, window, sinks, cap):
     """The op as a card runs it: sinks are brought in afterwards, by the log-sum-exp."""
-    return torch.ops.qlora.packed_attention(query, key, value, sinks, boundaries, longest, scale, window, cap)[0]
+    given = query, key, value, sinks, boundaries, longest, scale, window, cap, False
+    return torch.ops.qlora.packed_attention(*given)[0]
 
 
 def in_chunks(chunk_bytes, masked):
@@ -174,6 +177,97 @@ def test_groups_of_heads_compile_whole(monkeypatch):
         assert torch.equal(found, own)
 
 
+def test_sinks_follow_cudnns_attention_through_its_log_sums(monkeypatch):
+    """cuDNN's two passes in float64, (rows, heads, length, size): what they are given with sinks gives attention with sinks."""
+
+    def scores(query, key, scale):
+        masked = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+        grouped = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return (query @ grouped.transpose(2, 3) * scale).masked_fill(masked, float("-inf"))
+
+    def forward(query, key, value, bias, sums, dropout, causal, mask, *, scale):
+        assert bias is None and sums and dropout == 0 and causal and not mask
+        found = scores(query, key, scale)
+        spread = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        out = torch.empty_like(query)  # laid out as the query is
+        return out.copy_(found.softmax(-1) @ spread), found.logsumexp(-1, keepdim=True)
+
+    def backward(grad, query, key, value, out, sums, *rest, scale):
+        assert (
+            sums.shape == (*query.shape[:3], 1)
+            and sums.is_contiguous()
+            and rest[2:] == (None,) * 3 + (12, 12, 0.0, True)
+        )
+        spread = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        weights = (scores(query, key, scale) - sums).exp()
+        slopes = weights * (grad @ spread.transpose(2, 3) - (grad * out).sum(-1, keepdim=True)) * scale
+        grouped = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        of_key, of_value = slopes.transpose(2, 3) @ query, weights.transpose(2, 3) @ grad
+        both = (t.unflatten(1, (key.shape[1], -1)).sum(2) for t in (of_key, of_value))
+        return (slopes @ grouped, *both)
+
+    names = {"": forward, "_backward": backward}
+    ops = SimpleNamespace(**{f"_scaled_dot_product_cudnn_attention{name}": op for name, op in names.items()})
+    monkeypatch.setattr(attention, "_aten", ops)
+    tensors, boundaries = inputs((12, 12, 12), 4, 2, 8, "cpu", torch.float64, sinks=True)
+    grad = torch.randn(36, 4, 8, dtype=torch.float64)
+    with torch.no_grad():
+        out, lse = attention._cudnn(*tensors[:3], 12, 0.3)
+        sums = attention.add_sinks(out, lse, tensors[3])
+        found = out, *attention._cudnn_backward((grad, *tensors[:3], out, sums), 12, 0.3)
+    exact = reference.packed_attention(*tensors[:3], boundaries, 0.3, None, tensors[3], None)
+    for ours, right in zip(found, (exact, *torch.autograd.grad(exact, tensors[:3], grad)), strict=True):
+        assert ours.is_contiguous() and torch.allclose(ours, right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "longest", "given"),
+    [
+        ("short", 100, {}),
+        ("block", 200, {}),
+        ("block", 512, {"size": 96, "equal_rows": True}),
+        ("block", 4096, {"window": 512}),
+        ("block", 4096, {"cap": 50.0, "size": 256}),
+        ("flash", 513, {}),
+        ("flash", 200, {"size": 256}),
+        ("flash", 200, {"of_values": 32}),
+        ("flash", 4096, {"window": 513, "equal_rows": True}),
+        ("cudnn", 513, {"equal_rows": True}),
+        ("cudnn", 4096, {"window": 4096, "equal_rows": True}),
+        ("flash", 16_385, {"equal_rows": True}),
+        ("capped", 4096, {"cap": 50.0, "size": 512}),
+    ],
+)
+def test_rows_go_to_the_kernel_made_for_them_in_both_passes(kernel, longest, given, monkeypatch):
+    pytest.importorskip("triton")
+
+    class Taken(Exception):
+        pass
+
+    def take(name):
+        def run(*_):
+            raise Taken(name)
+
+        return run
+
+    for name in ("", "_backward"):
+        monkeypatch.setattr(attention.short_attention, f"attend{name}", take("short"))
+        monkeypatch.setattr(attention.block_attention, f"attend{name}", take("block"))
+        monkeypatch.setattr(attention, f"_cudnn{name}", take("cudnn"))
+        monkeypatch.setattr(attention, f"_flash{name}", take("flash"))
+    size = given.get("size", 64)
+    query, key, value = (torch.empty(4, n, s) for n, s in ((4, size), (4, size), (4, given.get("of_values", size))))
+    limits = longest, 0.3, given.get("window"), given.get("cap"), given.get("equal_rows", False)
+    boundaries = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError if kernel == "capped" else Taken, match=kernel[:3]):
+        attention._attention_op._init_fn(query, key, value, None, boundaries, *limits)
+    if kernel != "capped":
+        with pytest.raises(Taken, match=kernel):
+            attention._attention_backward_op._init_fn(
+                query, query, key, value, query, torch.empty(16), boundaries, *limits
+            )
+
+
 @pytest.mark.gpu
 def test_gradients_of_some_heads_are_those_that_they_have_among_more_on_the_gpu():
     """In one process, as where a card has all heads of a row at first and shares them afterwards."""
@@ -220,10 +314,20 @@ def test_rows_of_one_length_match_float64_on_the_gpu(lengths, key_heads, size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(600, 600), (1024,)])
+@pytest.mark.parametrize("window", [None, 2048])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(64, 8, 64), (8, 2, 128), (4, 4, 96)])
+def test_rows_of_one_length_with_sinks_match_float64_by_cudnn_on_the_gpu(lengths, window, heads, key_heads, size):
+    assert attention.sinks_fit(heads, key_heads, size, torch.bfloat16, torch.device("cuda"))
+    attend = partial(packed_attention, equal_rows=True)
+    check(lengths, window, heads, key_heads, size, "cuda", torch.bfloat16, attend, sinks=True)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(100, 1, 300, 37), (256, 256), (100, 28)])
 def test_the_compiler_is_told_the_truth_on_the_gpu(lengths):
     (query, key, value, sinks), boundaries = inputs(lengths, 4, 2, 64, "cuda", torch.bfloat16, sinks=True)
     cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device="cuda")
     for given in (None, sinks):
-        arguments = (query, key, value, given, cu_seqlens, max(lengths), 0.3, None, None)
+        arguments = (query, key, value, given, cu_seqlens, max(lengths), 0.3, None, None, False)
         torch.library.opcheck(torch.ops.qlora.packed_attention.default, arguments)

@@ -16,7 +16,7 @@ from qlora_cli.kernels.decode import pointwise as decode_pointwise  # noqa: E402
 from qlora_cli.kernels.experts import codes  # noqa: E402
 from qlora_cli.kernels.experts import float8 as float8_experts  # noqa: E402
 from qlora_cli.kernels.triton import (  # noqa: E402
-    capped_attention,
+    block_attention,
     dropout,
     float8,
     gated_tiles,
@@ -137,10 +137,12 @@ CASES = [
     ),
     (short_attention._attend, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
     (short_attention._attend_backward, {"BLOCK": short_attention.BLOCK, "SIZE": 128}, 4),
-    (capped_attention._attend, {"SIZE": 256, "QUERIES": 64, "KEYS": 32}, 4),
-    (capped_attention._of_keys, {"SIZE": 256, "QUERIES": 32, "KEYS": 32}, 8),
-    (capped_attention._of_queries, {"SIZE": 256, "QUERIES": 32, "KEYS": 32}, 8),
-    (capped_attention._dot, {"SIZE": 256, "ROWS": 32}, 4),
+    (block_attention._attend, {"CAPPED": True, "SIZE": 256, "QUERIES": 64, "KEYS": 32}, 4),
+    (block_attention._of_keys, {"CAPPED": True, "SIZE": 256, "QUERIES": 32, "KEYS": 32}, 8),
+    (block_attention._of_queries, {"CAPPED": True, "SIZE": 256, "QUERIES": 32, "KEYS": 32}, 8),
+    (block_attention._attend, {"CAPPED": False, "SIZE": 128, "QUERIES": 64, "KEYS": 32}, 4),
+    (block_attention._of_keys, {"CAPPED": False, "SIZE": 128, "QUERIES": 32, "KEYS": 64}, 4),
+    (block_attention._of_queries, {"CAPPED": False, "SIZE": 64, "QUERIES": 64, "KEYS": 64}, 4),
 ]
 FIRST = list({kernel: (kernel, *more) for kernel, *more in reversed(CASES)}.values())  # of each kernel
 FIRST = [case for case in FIRST if case[0].fn.__module__ != float8.__name__]  # which the interpreter runs whole
@@ -201,7 +203,7 @@ def test_compiles_for_hopper(kernel, constants, warps):
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=types, constexprs=places)
     options = {"num_warps": warps}
-    if kernel.fn.__module__ in (short_attention.__name__, capped_attention.__name__):
+    if kernel.fn.__module__ in (short_attention.__name__, block_attention.__name__):
         options["num_stages"] = 1  # as they are launched
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert built.asm["cubin"]

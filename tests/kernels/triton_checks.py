@@ -8,7 +8,7 @@ import torch
 
 from qlora_cli.kernels import gated, ordered_rounding
 from qlora_cli.kernels.triton import (
-    capped_attention,
+    block_attention,
     dropout,
     gated_tiles,
     low_rank,
@@ -171,22 +171,23 @@ def test_short_rows_attend_as_in_float64(lengths, size):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "heads", "key_heads", "size", "window"), [((40, 0, 35, 9), 4, 2, 24, None), ((50, 33), 3, 1, 64, 20)]
+    ("lengths", "heads", "key_heads", "size", "window"), [((40, 0, 35, 9), 8, 2, 24, None), ((50, 33), 3, 1, 64, 20)]
 )
-def test_capped_rows_attend_as_in_float64(lengths, heads, key_heads, size, window, monkeypatch):
+@pytest.mark.parametrize("cap", [3.0, None])
+def test_rows_in_blocks_attend_as_in_float64(lengths, heads, key_heads, size, window, cap, monkeypatch):
     if DEVICE == "cpu":  # blocks that a small case has several of
-        monkeypatch.setattr(capped_attention, "BLOCKS", ((32, 16, 1),))
+        monkeypatch.setattr(block_attention, "BLOCKS" if cap else "SHORT_BLOCKS", ((32, 16, 1),))
     dtype = torch.float32 if DEVICE == "cpu" else torch.bfloat16
     torch.manual_seed(0)
     boundaries = [0, *accumulate(lengths)]
     shapes = [(sum(lengths), count, size) for count in (heads, key_heads, key_heads, heads)]
     *inputs, grad = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
     ends = torch.tensor(boundaries, dtype=torch.int32, device=DEVICE)
-    given = (ends, max(lengths), 0.5, window, 3.0)
-    out, lse = capped_attention.attend(*inputs, *given)
-    found = capped_attention.attend_backward(grad, *inputs, out, lse, *given)
+    given = (ends, max(lengths), 0.5, window, cap)
+    out, lse = block_attention.attend(*inputs, *given)
+    found = block_attention.attend_backward(grad, *inputs, out, lse, *given)
     leaves = [t.double().requires_grad_() for t in inputs]
-    exact = reference.packed_attention(*leaves, boundaries, 0.5, window, cap=3.0)
+    exact = reference.packed_attention(*leaves, boundaries, 0.5, window, cap=cap)
     wanted = torch.autograd.grad(exact, leaves, grad.double())
     for ours, right in zip((out, *found), (exact, *wanted), strict=True):
         assert (ours.double() - right).norm() <= (1e-5 if DEVICE == "cpu" else 1e-2) * right.norm()

@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_cli.core.data.packing import MicroBatch, Part
 from qlora_cli.errors import first_line
 from qlora_cli.events import Notice, Report
-from qlora_cli.kernels.attention import is_short
+from qlora_cli.kernels.attention import kernels_of
 from qlora_cli.kernels.embedding_noise import add_noise, tokens_of_rows
 
 MOST_GRAPHS = 48
@@ -226,7 +226,7 @@ class StepGraphs:
             self._drop()
             self.addresses = addresses
         # Kernels are compiled and chosen, buffers are pinned outside a graph, once for each way to attend and to keep within memory.
-        way = (inputs.equal_rows > 0, is_short(inputs.longest), *self.layout(inputs.labels.shape[1]))
+        way = (inputs.equal_rows > 0, kernels_of(inputs.longest), *self.layout(inputs.labels.shape[1]))
         self.warming = None if way in self.warm else way
         if self.warming is not None:
             self.warm.add(way)

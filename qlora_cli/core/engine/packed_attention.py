@@ -24,7 +24,14 @@ from qlora_cli.core.distributed.context_group import context_of
 from qlora_cli.core.engine.lora_linear import replace_forward
 from qlora_cli.core.models.structure import has_other_tables, values_by_layer
 from qlora_cli.events import Notice, Report
-from qlora_cli.kernels.attention import CUDNN_HEAD_SIZES, equal_rows_attention, groups_fit, packed_attention, takes_caps
+from qlora_cli.kernels.attention import (
+    CUDNN_HEAD_SIZES,
+    equal_rows_attention,
+    groups_fit,
+    packed_attention,
+    sinks_fit,
+    takes_caps,
+)
 from qlora_cli.kernels.sink_attention import chunked_attention
 
 if TYPE_CHECKING:
@@ -121,7 +128,11 @@ def _attend_pack(
         left_over = query.shape[0] - rows * longest  # places that fill up the ranks' parts
         if left_over:
             query, key, value = (t[:-left_over] for t in (query, key, value))
-        out = equal_rows_attention(query, key, value, rows, scale)
+        if window is None and sinks is None:
+            out = equal_rows_attention(query, key, value, rows, scale)
+        else:
+            ends = longest * torch.arange(rows + 1, dtype=torch.int32, device=query.device)
+            out = packed_attention(query, key, value, ends, longest, scale, window, sinks, cap, equal_rows=True)
         out = F.pad(out, (0, 0, 0, 0, 0, left_over)) if left_over else out
     else:
         out = packed_attention(query, key, value, mask[0, 0, 0], longest, scale, window, sinks, cap)
@@ -221,7 +232,7 @@ def why_not_packed(base: Any, decoder: Any, device: torch.device, dtype: torch.d
 
 
 def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
-    """Whether packs of equal rows go to cuDNN: no windows, sinks or caps, heads of a size it takes."""
+    """Whether packs of equal rows go to cuDNN: no caps, heads of a size it takes, and no windows, but beside sinks."""
     config = decoder.config
     counts = [values_by_layer(config, name) for name in ("num_attention_heads", "num_key_value_heads")]
     if any(len(count) > 1 for count in counts):
@@ -234,15 +245,16 @@ def takes_equal_rows(decoder: Any, device: torch.device) -> bool:
         device.type == "cuda"
         and heads is not None
         and config.model_type != "falcon"
-        and not getattr(config, "sliding_window", None)
+        and (has_sinks(decoder) or not getattr(config, "sliding_window", None))
         and heads % keys == 0
-        and not has_sinks(decoder)
         and not has_caps(decoder)
         and _head_sizes(decoder, config) <= CUDNN_HEAD_SIZES
     )
-    if not may or keys == heads or not torch.cuda.is_available():  # plans are made without a card too
+    if not may or not torch.cuda.is_available():  # plans are made without a card too
         return may
-    return all(groups_fit(heads, keys, size, torch.bfloat16, device) for size in _head_sizes(decoder, config))
+    trials = [sinks_fit] * has_sinks(decoder) + [groups_fit] * (keys != heads)
+    sizes = _head_sizes(decoder, config)
+    return all(fits(heads, keys, size, torch.bfloat16, device) for fits in trials for size in sizes)
 
 
 def is_like(found: Tensor, own: Tensor) -> bool:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.core.engine.decoder_layers import find_layers
 from qlora_cli.core.engine.lm_head import chunk_tokens
-from qlora_cli.core.engine.packed_attention import takes_equal_rows
+from qlora_cli.core.engine.packed_attention import has_sinks, takes_equal_rows
 from qlora_cli.core.experts.four_bit_experts import FourBitExperts
 from qlora_cli.core.experts.fused_experts import can_fuse, fuse_experts
 from qlora_cli.core.models.structure import (
@@ -161,8 +161,9 @@ class _Trace:
         self.decoder = find_decoder(self.base)
         self.modules: list[Any] = find_layers(self.decoder)
         # Whether attention has its inputs token by token: as packs do, and rows of one length, which take most, where
-        # they do not go to cuDNN.
-        self.token_by_token = fused and not takes_equal_rows(self.decoder, torch.device("cuda"))
+        # they do not go to cuDNN, or have sinks.
+        takes = takes_equal_rows(self.decoder, torch.device("cuda")) and not has_sinks(self.decoder)
+        self.token_by_token = fused and not takes
         self.live = LiveBytes()
         self.keys_and_values = self.key_heads = self.queries = 0
         self.recording = False  # whether these two are filled, which keeps the tensors alive

@@ -2,7 +2,7 @@
 
 A program has one block of one row and head. Flash attention's backward pass is three kernels over an fp32 gradient of
 the queries, with 128 tokens more for each row: 55 MB for 64 heads of 15 rows. The same formulas: arXiv:2205.14135.
-Graphs of 1,024 tokens or more count with longer rows (`cuda_graphs.bucketed`), where flash is as fast.
+Graphs of 1,024 tokens or more count with longer rows (`cuda_graphs.bucketed`), which `block_attention` takes.
 """
 
 import torch
