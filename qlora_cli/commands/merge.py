@@ -19,6 +19,7 @@ from qlora_cli import __version__
 from qlora_cli.artifacts import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE,
     MODEL_CARD,
     find_run_record,
     run_of,
@@ -40,6 +41,7 @@ from qlora_cli.core.merge.checkpoint_files import (
     add_end_marks,
     copy_checkpoint_files,
     find_tokenizer,
+    write_chat_template,
     write_config,
     write_index,
 )
@@ -54,7 +56,7 @@ from qlora_cli.core.merge.writer import choose_workers, write_files
 from qlora_cli.core.models.files import has_tokenizer
 from qlora_cli.core.models.structure import linear_names
 from qlora_cli.core.models.weight_names import map_names, renamer
-from qlora_cli.core.prompts.formatting import Formatting, default_formatting
+from qlora_cli.core.prompts.formatting import Formatting, default_formatting, template_to_serve
 from qlora_cli.core.runs.validate import report_idle
 from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.disk_space import require_space
@@ -147,8 +149,11 @@ def merge(config: MergeConfig, report: Report) -> MergeResult:
             copy_checkpoint_files(base.files.directory, tokenizer, adapter_directory, directory)
             formatting = find_run_record(adapter_directory).get("formatting")
             if formatting and has_tokenizer(directory):
-                tokenizer_of = replace(base.files, directory=directory)
-                add_end_marks(directory, closing_ids(tokenizer_of.tokenizer, Formatting.from_dict(formatting)))
+                trained, merged = Formatting.from_dict(formatting), replace(base.files, directory=directory)
+                add_end_marks(directory, closing_ids(merged.tokenizer, trained))
+                template = template_to_serve(trained, merged.tokenizer)
+                if template and adapter_directory / CHAT_TEMPLATE not in tokenizer.get(adapter_directory, ()):
+                    write_chat_template(directory, template)
             write_index(directory, [file.name for file in plan.files])
             comparison = rows = gguf = None
             if verifies:

@@ -389,6 +389,29 @@ def test_tokenizer_template_and_generation_config_come_along(tiny_model, tmp_pat
     assert not (case.output / "chat_template.jinja").exists()
 
 
+def test_the_chat_template_that_was_trained_with_goes_with_the_merged_model(tiny_model, tmp_path) -> None:
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "of the base"}))
+    case = make_case(base, tmp_path, target_modules=["q_proj"])
+    formatting = {
+        "format": "chat",
+        "column": "messages",
+        "template": "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+    }
+    record = json.loads((case.adapter / "qlora.json").read_text())
+    (case.adapter / "qlora.json").write_text(json.dumps(record | {"formatting": formatting}))
+    case.merge()
+    assert AutoTokenizer.from_pretrained(case.output).chat_template == formatting["template"]
+    assert json.loads((case.output / "tokenizer_config.json").read_text()) == settings
+    shutil.copytree(
+        case.output, case.adapter, ignore=shutil.ignore_patterns("[!tc]*", "config.json"), dirs_exist_ok=True
+    )
+    (case.adapter / "chat_template.jinja").write_text("changed since")
+    case.merge(overwrite=True)
+    assert AutoTokenizer.from_pretrained(case.output).chat_template == "changed since"
+
+
 def test_no_path_of_this_machine_is_in_the_merged_model(tiny_model, tmp_path) -> None:
     case = make_case(tiny_model("llama"), tmp_path, target_modules=["q_proj"])
     case.merge(verify=True)

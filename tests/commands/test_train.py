@@ -166,6 +166,16 @@ def test_a_run_leaves_what_the_contract_names_and_no_pickle(finished):
     assert result.steps == result.total_steps and result.output == str(output)
 
 
+def test_a_run_s_tokenizer_has_the_chat_template_that_was_trained_with(tiny_model, tmp_path):
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    own = {"model": str(tiny_model("llama")), "data": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "out")}
+    train(TrainConfig(**own, max_steps=1, init="default", base_cache=False), lambda event: None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert text == "### User:\nWhy?\n\n### Assistant:\nSo.<|endoftext|>\n\n"
+
+
 def test_metrics_hold_exactly_the_promised_fields(finished):
     output, result, events = finished
     lines = metrics(output, without=())

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from qlora_cli.core.prompts.chat_template import FALLBACK_TEMPLATE
 from qlora_cli.core.prompts.encoder import encoder_of
-from qlora_cli.core.prompts.formatting import Blank, Formatting, RowFormatter, default_formatting, format_prompt
+from qlora_cli.core.prompts.formatting import (
+    Blank,
+    Formatting,
+    RowFormatter,
+    default_formatting,
+    format_prompt,
+    template_to_serve,
+)
 from qlora_cli.core.prompts.prompt_template import BadField, PromptTemplate
 from qlora_cli.errors import DataError, UsageError
 from tests.prompts import chat_templates
@@ -292,6 +299,17 @@ def test_without_a_record_the_models_own_template_is_used_or_raw_text():
     assert default_formatting(sentencepiece_like()) == TEXT
     ids = format_prompt("Hi", default_formatting(byte_level()), byte_level())
     assert byte_level().decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level(), byte_level(None), sentencepiece_like()])
+def test_others_write_a_prompt_as_it_was_trained_by_the_template_that_goes_with_the_model(tokenizer):
+    asked = [{"role": "user", "content": "Why?"}]
+    own = default_formatting(tokenizer)
+    assert template_to_serve(own, tokenizer) is template_to_serve(PAIR, tokenizer) is None
+    served = template_to_serve(CHAT, tokenizer)
+    ids = tokenizer.apply_chat_template(asked, chat_template=served, add_generation_prompt=True, return_dict=False)
+    assert ids == format_prompt("Why?", CHAT, tokenizer)
+    assert template_to_serve(replace(CHAT, template="{{ bos_token }}{{ messages }}"), tokenizer).count("bos_token") == 1
 
 
 @pytest.mark.parametrize(

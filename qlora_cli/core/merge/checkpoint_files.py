@@ -1,6 +1,7 @@
 """Files of a merged checkpoint beside its weights: configuration, tokenizer, generation settings, index, own code."""
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from qlora_cli.artifacts import (
     CHAT_TEMPLATE,
     FORMAT,
     MERGE_RECORD,
+    TEMPLATES,
     find_run_record,
     own_code,
     tokenizer_files,
@@ -130,19 +132,31 @@ def copy_checkpoint_files(base: Path, tokenizer: Mapping[Path, list[Path]], adap
     """
     taken = {path.name for paths in tokenizer.values() for path in paths}
     own_template = adapter / CHAT_TEMPLATE in tokenizer.get(adapter, ())
-    if own_template:
-        taken.add(OLD_CHAT_TEMPLATE)  # the base's, which a processor would prefer
     beside = {path for name in (GENERATION_CONFIG, *PROCESSOR_FILES) for path in base.glob(name) if path.is_file()}
     beside |= {*own_code(base), *(path for path in tokenizer_files(base) if path.suffix == ".model")}
     for source, paths in tokenizer.items():
         copy_files(paths, source, directory)
-    if own_template and (directory / TOKENIZER_CONFIG).is_file():
+    copy_files([path for path in beside if path.name not in taken], base, directory)
+    if own_template:
+        name_no_template(directory)  # the base's
+    write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})
+
+
+def write_chat_template(directory: Path, template: str) -> None:
+    """Gives the tokenizer in a directory a chat template in place of those that it has."""
+    shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+    (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    name_no_template(directory)
+
+
+def name_no_template(directory: Path) -> None:
+    """Takes away the templates that some prefer to the file beside them: a processor's, and that in a tokenizer's settings,
+    which llama.cpp's converter reads."""
+    (directory / OLD_CHAT_TEMPLATE).unlink(missing_ok=True)
+    if (directory / TOKENIZER_CONFIG).is_file():
         settings = json.loads((directory / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
-        # The base's, which llama.cpp's converter prefers to the file.
         if settings.pop("chat_template", None) is not None:
             write_json(directory / TOKENIZER_CONFIG, settings)
-    copy_files([path for path in beside if path.name not in taken], base, directory)
-    write_json(directory / MERGE_RECORD, {"format": FORMAT, "formatting": find_run_record(adapter).get("formatting")})
 
 
 def add_end_marks(directory: Path, closing: Iterable[int]) -> None:

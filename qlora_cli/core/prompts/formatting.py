@@ -349,6 +349,23 @@ def default_formatting(tokenizer: "PreTrainedTokenizerBase") -> Formatting:
     return chat_formatting(template, tool_template=spec.tool_template)
 
 
+def template_to_serve(formatting: Formatting, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The chat template by which others write conversations as they were trained; None where the tokenizer has that already.
+
+    Rows begin with what a tokenizer puts before a text (BOS), whatever their template says. Others write what it says alone.
+    """
+    spec = encoder_of(tokenizer).spec
+    template, bos = formatting.template, spec.names.get("bos_token")
+    if formatting.format != "chat" or template is None or template == spec.chat_template:
+        return None
+    if not spec.prefix_ids or bos is None or "bos_token" in formatting.template_words() or bos in template:
+        return template
+    begun = tokenizer("a")["input_ids"]
+    behind = tokenizer(bos + "a", add_special_tokens=False)["input_ids"]
+    # Some put a space before the first word behind their own BOS, and none behind one that is written.
+    return ("{{ bos_token }}" if behind == begun[: len(behind)] else "{{ bos_token + ' ' }}") + template
+
+
 def format_prompt(
     prompt: "str | Record | list[Record]", formatting: Formatting, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[int]:

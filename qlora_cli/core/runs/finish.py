@@ -23,10 +23,11 @@ from qlora_cli.config import TrainConfig
 from qlora_cli.core.adapters.adapter_facts import settings_digest
 from qlora_cli.core.data.dataset import PreparedRows
 from qlora_cli.core.device import list_versions, read_vram
+from qlora_cli.core.merge.checkpoint_files import write_chat_template
 from qlora_cli.core.models.files import save_tokenizer
 from qlora_cli.core.models.identity import BaseIdentity
 from qlora_cli.core.models.model_card import hub_dataset
-from qlora_cli.core.prompts.formatting import Formatting
+from qlora_cli.core.prompts.formatting import Formatting, template_to_serve
 from qlora_cli.core.rope_scaling import changed_positions
 from qlora_cli.core.runs.directory import finished_files
 from qlora_cli.core.runs.inputs import Run, RunInputs
@@ -93,9 +94,12 @@ def write_run(
     title = f"{settings['model']} on {data['source']}"
     draw_loss_curve(output, title=f"Loss of {title}")
     write_report_page(output, title=title, results=training, settings=settings, data={**data, **counts})
+    formatting = Formatting.from_dict(rows.manifest["formatting"])
     best = _find_best(output, result.best_step, run.report) if run.config.keep_best and result.best_step else None
     with finished_files(output) as directory:
         save_tokenizer(inputs.files, directory)
+        if template := template_to_serve(formatting, inputs.files.tokenizer):
+            write_chat_template(directory, template)
         if best is None:
             save_adapter(directory)
         else:
@@ -109,7 +113,7 @@ def write_run(
             settings=asdict(run.config),
             results=training,
             held=asdict(base),
-            example=write_example(Formatting.from_dict(rows.manifest["formatting"]), inputs.files.tokenizer),
+            example=write_example(formatting, inputs.files.tokenizer),
             merging=ways_to_merge(started, ".", "merged"),
             positions=changed_positions(inputs.files.config) if inputs.files.rope_scaling else None,
         )
