@@ -71,6 +71,12 @@ class PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class WordLoader(PlainLoader):
+    """YAML whose values are text as it is written: to YAML 1.1, 010 is 8, 1:30 is 90, 7.10 is 7.1 and no is false."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - of a class, as PyYAML has it
+
+
 def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
     """Settings of a YAML file, by field name, types and allowed values checked.
 
@@ -81,7 +87,8 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         path = find_config_file(path)
         if path.stat().st_size > MOST_BYTES:
             raise UsageError(f"{path} has {path.stat().st_size:,} bytes, and holds no settings.", "Check --config.")
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=PlainLoader)
+        text = path.read_text(encoding="utf-8")
+        content, words = (yaml.load(text, Loader=loader) for loader in (PlainLoader, WordLoader))
     except IsADirectoryError:
         inside = next(iter(sorted(path.glob("*.yaml"))), None)
         hint = f"Type: --config {shlex.quote(str(inside))}" if inside else "Give --config a YAML file of settings."
@@ -131,7 +138,7 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
                     "Write one `setting: value` a line, each at its beginning.",
                 )
             raise _unknown(path, str(key), name, config_type)
-        settings[name] = _typed(path, known[name], value)
+        settings[name] = _typed(path, known[name], value, words.get(key))
         if fault := fault_of(known[name], settings[name]):
             raise UsageError(f"{path}: {name} {fault[0]}", fault[1])
     return settings
@@ -156,8 +163,8 @@ def _command_of(config_type: type) -> str:
     return config_type.__name__.removesuffix("Config").lower()
 
 
-def _typed(path: Path, field: Field, value: Any) -> Any:
-    """One value as its field's type.
+def _typed(path: Path, field: Field, value: Any, written: Any) -> Any:
+    """One value as its field's type; numbers and text by what is `written`.
 
     Raises:
         UsageError: It is of another type.
@@ -165,27 +172,29 @@ def _typed(path: Path, field: Field, value: Any) -> Any:
     kind, optional = type_of(field)
     if value is None and optional:
         return None
-    if kind in (bool, int):
+    if kind is bool:
         if type(value) is kind:
             return value
-    elif kind is float:
-        if not isinstance(value, bool):
+    elif kind is int:
+        if type(value) is kind:
             with contextlib.suppress(TypeError, ValueError):
-                return float(value)  # also of 2e-4, which YAML reads as text
+                return int(written, 0)
+    elif kind is float:
+        with contextlib.suppress(TypeError, ValueError):
+            return float(written)  # also of 2e-4, which YAML reads as text
     elif kind is str:
-        if not isinstance(value, list | dict):
-            # YAML reads on and off as booleans, and bare numbers as numbers, where the setting is a word.
-            return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+        if not isinstance(value, list | dict | None):
+            switch = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(written)
+            return switch if fault_of(field, str(written)) else str(written)
     else:
-        parts: Any = value
+        parts: Any = written if not isinstance(value, list) or None not in value else value
         if isinstance(value, str):
             parts = [value] if field.metadata["repeated"] else value.split(",")  # items of the former may hold commas
         if isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts):
             return tuple(part.strip() for part in parts)
     wanted = NAMES.get(kind, "a list of words")
-    raise UsageError(
-        f"{path}: {field.name} should be {wanted}, found {repr(value)[:80]}.", EXAMPLES.get(kind, LIST_EXAMPLE)
-    )
+    found = str(written) if type(value) in (int, float) else repr(value)
+    raise UsageError(f"{path}: {field.name} should be {wanted}, found {found[:80]}.", EXAMPLES.get(kind, LIST_EXAMPLE))
 
 
 def as_yaml(config: Any) -> str:

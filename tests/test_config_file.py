@@ -53,6 +53,13 @@ def test_how_one_invocation_behaves_is_not_recorded(tmp_path):
         ("target_modules: q_proj, v_proj", "target_modules", ("q_proj", "v_proj")),
         ("target_modules: [q_proj]", "target_modules", ("q_proj",)),
         ("max_steps: null", "max_steps", None),
+        ("gradient-checkpointing: yes", "gradient_checkpointing", "on"),
+        ("revision: 0123456", "revision", "0123456"),
+        ("output: 7.10", "output", "7.10"),
+        ("output: no", "output", "no"),
+        ("exclude_modules: [no, 12]", "exclude_modules", ("no", "12")),
+        ("seed: 1_000", "seed", 1000),
+        ("max_grad_norm: .5", "max_grad_norm", 0.5),
     ],
 )
 def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
@@ -65,6 +72,10 @@ def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
     [
         ("learning_rat: 1", "unknown setting learning_rat", "learning_rate"),
         ("rank: many", "rank should be a whole number, found 'many'", None),
+        ("output: ~", "output should be text, found None", None),
+        ("rank: 010", "rank should be a whole number, found 010", "as 16"),
+        ("seed: 1:30", "seed should be a whole number, found 1:30", None),
+        ("target_modules: [q_proj, null]", "should be a list of words", None),
         ("rank: true", "rank should be a whole number, found True", None),
         ("double_quant: 1", "double_quant should be true or false, found 1", None),
         ("target_modules: 5", "target_modules should be a list of words, found 5", None),
