@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from typing import Any, Protocol
 
 from qlora_cli.errors import UsageError
@@ -19,12 +20,34 @@ MOST_SENSIBLE_BYTES = 2**60
 
 # The hub's address of a model or a data set, in which its id is the first group; those of old have one word for a name.
 HUB_ADDRESS = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?"
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)(?:datasets/)?"
     r"((?!(?:datasets|models|spaces|collections|papers|docs)(?:/|$))[^/?#]+"
     r"(?:/(?!(?:tree|blob|resolve|viewer|discussions)(?:/|$))[^/?#]+)?)(?:[/?#].*)?"
 )
+ADDRESS = re.compile(r"(\w+)://(.+)")
 # What the hub takes for the name of a repository, with or without whose it is.
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:\w(?:[\w.-]{0,94}\w)?/)?\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+
+
+def way_from_address(flag: str, given: str, otherwise: str) -> str:
+    """What to type where a flag was given an address, such as https://huggingface.co/org/name or file:///data/rows.jsonl.
+
+    Args:
+        flag: As --data.
+        given: Its value.
+        otherwise: What to type where that is no address.
+    """
+    if of_hub := HUB_ADDRESS.fullmatch(given):
+        return f"Type: {flag} {of_hub[1]}"
+    address = ADDRESS.fullmatch(given)
+    if address is None:
+        return otherwise
+    if address[1] == "file":
+        from urllib.parse import unquote
+
+        return f"Type: {flag} {shlex.quote(unquote(address[2]))}"
+    return f"Addresses are not read: download what is there. {otherwise}"
+
 
 ROPE_KINDS: tuple[str, ...] = ("linear", "dynamic", "yarn", "llama3", "longrope")  # of scaling of rotary positions
 ROPE_KINDS_BY_FACTOR: tuple[str, ...] = ("linear", "dynamic", "yarn")  # that a factor says all of

@@ -21,7 +21,7 @@ from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 from qlora_cli.settings.groups import DataSettings
-from qlora_cli.settings.ranges import HUB_ADDRESS, HUB_ID
+from qlora_cli.settings.ranges import HUB_ID, way_from_address
 from qlora_cli.settings.setting import is_given
 from qlora_cli.sizes import format_bytes
 
@@ -121,10 +121,7 @@ def require_data(data: str) -> None:
     like_file = kind_of(path) is not None and ("/" not in data or path.parent.is_dir())
     name, colon, configuration = data.partition(":")
     if not HUB_ID.fullmatch(name) or (colon and not re.fullmatch(r"[\w.-]+", configuration)) or like_file:
-        address = HUB_ADDRESS.fullmatch(data)
-        raise DataError(
-            f"There is no file or folder {data}.", f"Type: --data {address[1]}" if address else "Check --data."
-        )
+        raise DataError(f"There is no file or folder {data}.", way_from_address("--data", data, "Check --data."))
 
 
 def _is_pattern(data: str) -> bool:

@@ -31,7 +31,7 @@ from qlora_cli.core.storage.content_digest import content_digests, was_written_s
 from qlora_cli.core.storage.temporaries import heal, sweep
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
-from qlora_cli.settings.ranges import HUB_ADDRESS, HUB_ID
+from qlora_cli.settings.ranges import HUB_ID, way_from_address
 from qlora_cli.sizes import format_bytes
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
@@ -94,8 +94,7 @@ def find_directory(model: str) -> Path | None:
                 f"{model} is a link that leads nowhere.", "Mend the link, or give --model the directory itself."
             )
         if not HUB_ID.fullmatch(model):
-            address = HUB_ADDRESS.fullmatch(model)
-            way = f"Type: --model {address[1]}" if address else "Check the path, or give a hub id such as org/name."
+            way = way_from_address("--model", model, "Check the path, or give a hub id such as org/name.")
             raise ModelError(f"No model directory at {model}.", way)
         return None
     found, way = describe_place(directory) or ("", meant or "Give --model a transformers checkpoint.")
