@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -164,6 +165,10 @@ class TimedLog(io.TextIOBase):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        if path.is_file() and not _is_log(path):
+            raise UsageError(
+                f"{path} holds something else than a log, and is left as it is.", "Give --log-file another name."
+            )
         self._stream = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, text: str) -> int:
@@ -180,12 +185,19 @@ class TimedLog(io.TextIOBase):
         super().close()
 
 
+def _is_log(path: Path) -> bool:
+    """Whether a file is empty or begins as a `TimedLog` writes, and not the data or a model's settings, say."""
+    with path.open("rb") as stream:
+        begun = stream.read(64).lstrip()
+    return not begun or re.match(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", begun) is not None
+
+
 @contextlib.contextmanager
 def open_log(path: Path | None) -> Iterator[TextIO | None]:
     """The file of --log-file, open for appending; None without one.
 
     Raises:
-        UsageError: It cannot be opened.
+        UsageError: It cannot be opened, or holds something else than a log.
     """
     if path is None:
         yield None

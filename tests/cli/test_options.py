@@ -203,6 +203,12 @@ def test_quiet_leaves_warnings_and_the_log_has_all(run_with, capsys, tmp_path):
     out, err = capsys.readouterr()
     assert "steps" in out and err == "warning: a worry\n"
     assert [line.split(" ", 2)[2] for line in log.read_text().splitlines()] == ["a fact", "warning: a worry"]
+    assert run_with(["train", "-q", "--log-file", log], command) == 0 and len(log.read_text().splitlines()) == 4
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "mine"}\n')
+    assert run_with(["train", "-q", "--log-file", rows], command) == 2
+    assert "rows.jsonl holds something else than a log" in capsys.readouterr().err
+    assert rows.read_text() == '{"text": "mine"}\n'
 
 
 def _typed(field, value) -> list[str]:
