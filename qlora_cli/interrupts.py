@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from qlora_cli.launch import is_silent_rank
+
 SHOW_CURSOR = b"\x1b[?25h\n"  # a live view hides it, and leaving at once skips what would bring it back
 IMPORT_SECONDS = 0.05  # after which a signal that came in an import is tried again
 AGAIN_SECONDS = 0.3  # a second Ctrl-C counts as typed when it comes so long after the first
@@ -62,7 +64,7 @@ def _note(number: int, frame: FrameType | None) -> None:
     sent_again, _State.sent_again = _State.sent_again, False
     again = _State.number is not None and not sent_again
     if _State.loading or (again and number == signal.SIGINT and now - _State.seconds >= AGAIN_SECONDS):
-        end_at_once(128 + number, f"error: {SENTENCE}\n" if os.environ.get("RANK", "0") == "0" else "")
+        end_at_once(128 + number, "" if is_silent_rank() else f"error: {SENTENCE}\n")
     if again:
         return
     _State.number, _State.seconds = number, _State.seconds if sent_again else now

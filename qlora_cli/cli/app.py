@@ -25,6 +25,7 @@ from qlora_cli.errors import DoesNotFit, Interrupted, QloraError, UsageError
 from qlora_cli.events import Caution, Notice
 from qlora_cli.frozen import frozen
 from qlora_cli.interrupts import SENTENCE, Terminated, loading, take_signal, working
+from qlora_cli.launch import is_silent_rank, launched_rank
 from qlora_cli.settings.setting import flag_of
 
 if TYPE_CHECKING:
@@ -108,14 +109,13 @@ def command(
                     (before or check)(config, **typed.positional)
                     if getattr(config, "resume", False) and "output" not in typed.settings:
                         check_resumed(settings_file, Path(config.output))
-                    if "RANK" not in os.environ:  # else each rank would say what is missing
+                    if launched_rank() is None:  # else each rank would say what is missing
                         with loading():
                             check_places(config)
                     call = begin(stack, COMMANDS[body.__name__], config, typed)
                     for name, other in replaced.items():
-                        call.console.report(
-                            Notice(f"{flag_of(other).split('/')[0]} is taken in place of the {name!r} of --config.")
-                        )
+                        flag = flag_of(other).split("/")[0]
+                        call.console.report(Notice(f"{flag} is taken in place of the {name!r} of --config."))
                     result = call.run(body)
             except Ended as ended:
                 return ended.exit_code
@@ -134,7 +134,7 @@ def command(
 def begin(stack: ExitStack, command: Command, config: Any, typed: Typed) -> Call:
     """A call of a command with its sign, log and console, open as long as the stack."""
     flags = typed.flags
-    silent = os.environ.get("RANK", "0") != "0" or flags.get("quiet", False)
+    silent = is_silent_rank() or flags.get("quiet", False)
     log = stack.enter_context(open_log(flags.get("log_file")))
     libraries = libraries_of(config, typed.positional.get("runs"))
     sign = stack.enter_context(loading_sign(libraries, silent=silent))
@@ -227,7 +227,7 @@ def begin_look_up(model: str | None, revision: str | None, call: Call) -> None:
 @command(TrainConfig)
 def train(call: Call) -> Any:
     """Train an adapter on rows, into the directory --output."""
-    if (call.config.gpus or 1) > 1 and "RANK" not in os.environ:
+    if (call.config.gpus or 1) > 1 and launched_rank() is None:
         launcher = call.load("core.distributed.launcher")
         raise Ended(launcher.launch(call.config.gpus, call.command_line))
     begin_look_up(call.config.model, call.config.model_revision, call)
@@ -371,7 +371,7 @@ def _run(arguments: list[str]) -> int:
 
 def _speaks(failure: QloraError) -> bool:
     """Whether this process shows a failure, and no other rank."""
-    return not failure.reported and (not isinstance(failure, UsageError) or os.environ.get("RANK", "0") == "0")
+    return not failure.reported and (not isinstance(failure, UsageError) or not is_silent_rank())
 
 
 def _show(failure: QloraError, *, as_json: bool = False) -> int:

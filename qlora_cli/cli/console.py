@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from qlora_cli.cli.waiting import draws_on
 from qlora_cli.cli.wrapping import MarkdownBlocks, WordWrap
 from qlora_cli.errors import QloraError, RankLost
 from qlora_cli.events import Caution, Event, RowShown, TextGenerated
+from qlora_cli.launch import is_silent_rank, launched_rank
 
 if TYPE_CHECKING:
     from qlora_cli.cli.line_view import LineView
@@ -57,7 +57,7 @@ class Console:
         self.verbose = verbose
         self._log = _line_view(log) if log is not None else None
         self._before = before
-        self.silent = os.environ.get("RANK", "0") != "0"  # of several ranks the first one writes
+        self.silent = is_silent_rank()  # of several ranks the first one writes
         self._stdout = sys.stdout
         self._talks = False  # whether a conversation is held on this terminal
         self._next: list[str] = []
@@ -194,13 +194,13 @@ def to_json(value: Any) -> str:
 def show_error(error: QloraError, *, as_json: bool) -> None:
     """One sentence on stderr and what to type next; with --json also one object on stdout."""
     error.message, error.hint = visible(error.message), visible(error.hint)
-    rank = os.environ.get("RANK", "0")
-    named = rank == "0" or isinstance(error, RankLost)
+    rank = launched_rank() or 0
+    named = not rank or isinstance(error, RankLost)
     message = error.message if named else f"rank {rank}: {error.message}"
     red, cyan, plain = ("\x1b[1;31m", "\x1b[36m", "\x1b[0m") if has_live_view() else ("", "", "")
     print(f"{red}error: {plain}{_wrapped(message, 7)}", file=sys.stderr)
     if error.hint:
         whole = COMMAND.fullmatch(error.hint)  # in one piece, to be copied
         print(f"{cyan}→ {plain}{error.hint if whole else _wrapped(error.hint, 2)}", file=sys.stderr)
-    if as_json and rank == "0":
+    if as_json and not rank:
         print(to_json({"error": error.message, "hint": error.hint, "exit_code": error.exit_code}))

@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
+from qlora_cli.launch import is_silent_rank
+
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 TURN_SECONDS = 0.12
 ERASE_LINE = "\r\x1b[2K"
@@ -39,7 +41,7 @@ class FirstSign:
 
     def show(self) -> None:
         """Shows it, unless another rank does."""
-        if draws_on(sys.stderr) and os.environ.get("RANK", "0") == "0":
+        if draws_on(sys.stderr) and not is_silent_rank():
             self._shown = True
             show(sys.stderr, f"\r{FRAMES[0]} qlora")
 

@@ -21,7 +21,7 @@ from qlora_cli.core.calibration.initialization import FROM_THE_BASE, StartInputs
 from qlora_cli.core.candidates.four_bit_gap import measure_held_out
 from qlora_cli.core.device import choose_device, limit_memory, read_vram
 from qlora_cli.core.distributed.context_group import share_tokens
-from qlora_cli.core.distributed.process_group import ProcessGroup
+from qlora_cli.core.distributed.process_group import ProcessGroup, joining
 from qlora_cli.core.distributed.rank_monitor import monitoring
 from qlora_cli.core.distributed.weight_shards import WeightShards
 from qlora_cli.core.engine.decoder_layers import find_layers
@@ -93,13 +93,14 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         QloraError: Any of its children.
     """
     check(config)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",  # the engine keeps the dtypes
-        log_with=config.report_to,
-        project_dir=str(Path(config.output) / TRACKER_LOGS),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=EXCHANGE_TIMEOUT)],
-    )
+    with joining(report):
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",  # the engine keeps the dtypes
+            log_with=config.report_to,
+            project_dir=str(Path(config.output) / TRACKER_LOGS),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=EXCHANGE_TIMEOUT)],
+        )
     ranks = ProcessGroup(accelerator.process_index, accelerator.num_processes, config.context_parallel or 1)
     run = Run(config, accelerator, ranks, choose_device(), report if ranks.is_main else report_nothing)
     with ExitStack() as stack:

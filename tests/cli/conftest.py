@@ -27,9 +27,8 @@ def run_with(monkeypatch):
     """`run_with(arguments, command)`: exit code of a command line whose command is the function `command(config, *rest)`."""
 
     def run(arguments, command):
-        monkeypatch.setenv(
-            "RANK", os.environ.get("RANK", "0")
-        )  # so that --gpus starts no processes: this is one already
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):  # --gpus starts no processes: this is one already
+            monkeypatch.setenv(name, os.environ.get(name, value))
         module = types.ModuleType(arguments[0])
         setattr(module, arguments[0], lambda *given, **_: command(*given))
         package = __import__("qlora_cli.commands", fromlist=["commands"])

@@ -276,6 +276,7 @@ def test_with_json_stdout_holds_one_object(run_with, capsys):
 
 def test_only_the_first_rank_talks(run_with, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_with(["generate", "hi", "--json"], chatty) == 0
     assert capsys.readouterr() == ("", "")
 

@@ -201,6 +201,7 @@ def test_a_full_disk_and_a_forbidden_directory_stop_nothing(load_tiny, root, mon
 def test_only_the_first_of_several_processes_writes(load_tiny, monkeypatch):
     base, _ = load_tiny("llama")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     save_base(base, FACTS)
     assert not base_directory(FACTS).exists()
 

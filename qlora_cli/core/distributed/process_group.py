@@ -1,11 +1,21 @@
 """Process group: the ranks of a run, which one this is, and the few collectives between them."""
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from qlora_cli.errors import RunError, first_line
+from qlora_cli.events import Notice, Report
+
+LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # variables by which ranks find one another
+WAITED_SECONDS = 10.0  # for the other ranks, until that is said
 
 
 @dataclass(frozen=True)
@@ -61,3 +71,30 @@ class ProcessGroup:
         """Returns when every rank has come here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+@contextmanager
+def joining(report: Report, waited_seconds: float = WAITED_SECONDS) -> Iterator[None]:
+    """Says in a block that joins the ranks of a launch what it waits for.
+
+    Raises:
+        RunError: They cannot be joined by what the environment says, as where another launch has left some of it.
+    """
+    found = {name: os.environ[name] for name in LAUNCH if name in os.environ}  # before anybody adds to it
+    said = " ".join(f"{name}={value}" for name, value in found.items())
+    text = f"Waiting for the other processes of a launch, as the environment says {said}."
+    waiting = threading.Timer(waited_seconds, report, [Notice(text)])
+    waiting.daemon = True
+    if said:
+        waiting.start()
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if not said:
+            raise
+        raise RunError(
+            f"The processes of a launch cannot be joined as the environment says {said}: {first_line(error).rstrip('.')}.",
+            f"Where no launcher started this one, type: unset {' '.join(found)}",
+        ) from error
+    finally:
+        waiting.cancel()

@@ -7,7 +7,6 @@ manifest's SHA-256 while it is read.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,6 +33,7 @@ from qlora_cli.core.untrusted import is_ours
 from qlora_cli.core.weights.mapped_file import MappedFile
 from qlora_cli.errors import RunError, first_line
 from qlora_cli.events import Caution, Notice, Report, report_nothing
+from qlora_cli.launch import is_silent_rank
 
 FORMAT = 1  # raised when an older copy cannot be read
 WEIGHTS, MANIFEST = "base.safetensors", "base.json"
@@ -79,7 +79,7 @@ def save_base(
         stamps: `ModelFiles.weight_stamps` of what was quantised.
     """
     directory = base_directory(facts)
-    is_main = weight_shards.ranks.is_main if weight_shards else os.environ.get("RANK", "0") == "0"
+    is_main = weight_shards.ranks.is_main if weight_shards else not is_silent_rank()
     shapes = {
         name: _whole_shape(model, name, tensor) if weight_shards else tensor for name, tensor in _tensors_of(model)
     }
