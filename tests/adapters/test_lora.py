@@ -115,6 +115,19 @@ def test_an_adapter_of_other_shapes_is_refused_with_both_shapes(load_tiny, tmp_p
         load_adapter(load_tiny("gpt_neox")[0], tmp_path)
 
 
+def test_tensors_that_are_not_called_as_peft_saves_them_are_not_blamed_on_the_base(load_tiny, tmp_path):
+    adapted = attach_adapter(load_tiny("llama")[0], LoraSettings(rank=4, alpha=8))
+    save_adapter(adapted, tmp_path, base_name="org/base")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for old, new in ((".weight", ".default.weight"), ("base_model.model.", "")):
+        save_file(
+            {name.replace(old, new): tensor for name, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors"
+        )
+        with pytest.raises(AdapterError, match=r"no place for|belong to no module") as error:
+            load_adapter(load_tiny("llama")[0], tmp_path)
+        assert "save_pretrained" in error.value.hint
+
+
 def test_state_goes_back_bitwise_and_a_foreign_state_is_refused(load_tiny):
     adapted = attach_adapter(load_tiny("gpt_neox")[0], LoraSettings(rank=4, alpha=8))
     saved = {name: tensor.clone() for name, tensor in adapter_state(adapted).items()}

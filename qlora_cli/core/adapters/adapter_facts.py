@@ -71,6 +71,13 @@ class AdapterFacts:
         return float(alpha) / (rank**0.5 if self.rslora else rank)
 
 
+def way_to_a_place(name: str) -> str:
+    """What to do where a base has no place for a tensor of an adapter."""
+    if name.startswith(PREFIX) and not re.search(r"\.lora_\w+\.\w+\.weight$", name):
+        return "Give the base it was trained on with --model."
+    return f"PEFT calls such a tensor {PREFIX}… .lora_A.weight: save the adapter with its save_pretrained."
+
+
 def _no_adapter(directory: Path) -> AdapterError:
     """That there is none, and what is there instead."""
     way = "Train one with: qlora train, or give --adapter the right directory."

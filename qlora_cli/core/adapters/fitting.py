@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts, read_adapter, way_on
+from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts, read_adapter, way_on, way_to_a_place
 from qlora_cli.core.adapters.expert_tensors import PAIR, adapter_sizes, stacked_pairs, stacks_of
 from qlora_cli.core.adapters.original_weights import OriginalWeights
 from qlora_cli.core.experts.layout import ExpertWeight
@@ -281,7 +281,7 @@ def _without_place(lost: Sequence[str], first: str, base: Any) -> AdapterError:
         )
     return AdapterError(
         f"{len(lost)} of the adapter's tensors belong to no module of this {base.config.model_type} base, first {first}.",
-        "Give the base it was trained on with --model.",
+        way_to_a_place(first),
     )
 
 

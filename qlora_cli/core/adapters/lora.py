@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_cli.artifacts import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_cli.core.adapters.adapter_facts import base_name, read_adapter
+from qlora_cli.core.adapters.adapter_facts import base_name, read_adapter, way_to_a_place
 from qlora_cli.core.adapters.expert_lora import expert_rank, expert_targets, short_parameters, use_expert_lora
 from qlora_cli.core.adapters.fitting import fitted_adapter
 from qlora_cli.core.adapters.peft_names import as_they_are, config_to_load, misread_tensors, stored_config
@@ -186,7 +186,7 @@ def load_adapter(
     if missing:
         raise AdapterError(
             f"The adapter in {directory} has {len(missing)} tensors this base has no place for, first {missing[0]}.",
-            "Give the base it was trained on with --model.",
+            way_to_a_place(missing[0]),
         )
     started = sorted(tensor for tensor in state if ".lora_" in tensor and tensor not in facts.tensors)
     if started:  # B zero, so that they do nothing

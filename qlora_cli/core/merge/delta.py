@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts
+from qlora_cli.core.adapters.adapter_facts import PREFIX, AdapterFacts, way_to_a_place
 from qlora_cli.core.adapters.expert_tensors import ExpertPair, expert_pairs
 from qlora_cli.errors import AdapterError
 
@@ -99,7 +99,7 @@ def read_deltas(
         raise AdapterError(
             f"{len(unknown)} of the adapter's tensors belong to no module of this {model.config.model_type} base, "
             f"first {unknown[0]}.",
-            "Give the base it was trained on with --model.",
+            way_to_a_place(unknown[0]),
         )
     _check_shapes(facts, model, deltas)
     return deltas
