@@ -29,6 +29,11 @@ ADDRESS = re.compile(r"(\w+)://(.+)")
 HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:\w(?:[\w.-]{0,94}\w)?/)?\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 
 
+def or_of_the_hub(name: str) -> str:
+    """What else to do where a directory that is here bears the name of a repository, which it hides."""
+    return f"; if the hub's {name} is meant, rename that directory" if "/" in name and HUB_ID.fullmatch(name) else ""
+
+
 def way_from_address(flag: str, given: str, otherwise: str) -> str:
     """What to type where a flag was given an address, such as https://huggingface.co/org/name or file:///data/rows.jsonl.
 

@@ -136,6 +136,7 @@ def test_what_stands_behind_the_wrong_flag_is_named_with_the_right_one(line, mea
         ("train --data a.txt --model hub/models--org--m", "→ Type: --model hub/models--org--m/snapshots/01"),
         ("train --data a.txt --model https://huggingface.co/org/m/tree/main", "→ Type: --model org/m"),
         ("train --data a.txt --model .", "→ Give --model a transformers checkpoint."),
+        ("train --data a.txt --model org/m", "checkpoint; if the hub's org/m is meant, rename that directory."),
         ("train --data a.txt --model weights", "it holds GGUF, which is not trained on."),
         ("train --data a.txt --model run", "Other commands: --adapter run"),
         ("train --data a.txt --model gone", "gone is a link that leads nowhere."),
@@ -169,6 +170,7 @@ def test_a_place_near_the_one_that_was_meant_is_told_from_it(line, says, tmp_pat
     for place in (*run, *theirs, *apple, snapshot, "m/config.json", "weights/m.gguf", "a.txt"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text("{}")
+    (tmp_path / "org" / "m").mkdir(parents=True)
     (tmp_path / "gone").symlink_to("elsewhere")
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)) == 1

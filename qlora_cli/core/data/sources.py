@@ -21,7 +21,7 @@ from qlora_cli.core.storage.disk_space import free_disk_bytes
 from qlora_cli.errors import DataError, ModelError, UsageError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report
 from qlora_cli.settings.groups import DataSettings
-from qlora_cli.settings.ranges import HUB_ID, way_from_address
+from qlora_cli.settings.ranges import HUB_ID, or_of_the_hub, way_from_address
 from qlora_cli.settings.setting import is_given
 from qlora_cli.sizes import format_bytes
 
@@ -201,7 +201,7 @@ def _folder_source(data: str, folder: Path, split: str, report: Report) -> Sourc
     found = [file for file in sorted(folder.rglob("*")) if file.is_file() and not _is_hidden(file, folder)]
     files = [file for file in found if kind_of(file) and file.name not in METADATA]
     if not files:
-        raise DataError(f"{data} holds no data files.", f"These are read: {READABLE}.")
+        raise DataError(f"{data} holds no data files.", f"These are read: {READABLE}{or_of_the_hub(data)}.")
     about = [file for file in files if file.stem.upper() in ABOUT and kind_of(file) == "txt"]
     if about and any(kind_of(file) != "txt" for file in files):  # among texts they may be meant
         files = [file for file in files if file not in about]

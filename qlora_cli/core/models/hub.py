@@ -31,7 +31,7 @@ from qlora_cli.core.storage.content_digest import content_digests, was_written_s
 from qlora_cli.core.storage.temporaries import heal, sweep
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
-from qlora_cli.settings.ranges import HUB_ID, way_from_address
+from qlora_cli.settings.ranges import HUB_ID, or_of_the_hub, way_from_address
 from qlora_cli.sizes import format_bytes
 
 CONFIG_FILES = ["config.json", "generation_config.json", MERGE_RECORD]
@@ -97,7 +97,8 @@ def find_directory(model: str) -> Path | None:
             way = way_from_address("--model", model, "Check the path, or give a hub id such as org/name.")
             raise ModelError(f"No model directory at {model}.", way)
         return None
-    found, way = describe_place(directory) or ("", meant or "Give --model a transformers checkpoint.")
+    otherwise = f"Give --model a transformers checkpoint{or_of_the_hub(model)}."
+    found, way = describe_place(directory) or ("", meant or otherwise)
     if not found and any(directory.glob("*.gguf")):
         found, way = (
             "it holds GGUF, which is not trained on",
