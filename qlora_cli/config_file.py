@@ -2,6 +2,8 @@
 
 import contextlib
 import difflib
+import os
+import re
 import shlex
 from dataclasses import Field, asdict
 from pathlib import Path
@@ -12,7 +14,7 @@ import yaml
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.errors import UsageError, first_line
 from qlora_cli.settings.peer_names import UNNEEDED, suggest_setting
-from qlora_cli.settings.ranges import Numbers
+from qlora_cli.settings.ranges import Numbers, Words
 from qlora_cli.settings.setting import fault_of, recorded_fields, type_of
 
 # What a setting's type is called in an error.
@@ -24,6 +26,7 @@ LIST_EXAMPLE = "Write [a, b], or a, b."
 
 CONFIGS = (TrainConfig, PrepareConfig, MergeConfig, GenerateConfig, InspectConfig)
 MOST_BYTES = 2**20
+VARIABLE = re.compile(r"\$(\w+|\{\w+\})")  # of a shell
 RECIPES = Path(__file__).parent / "recipes"  # settings of tutorials, by name; examples/ links to them
 
 
@@ -141,7 +144,18 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
         settings[name] = _typed(path, known[name], value, words.get(key))
         if fault := fault_of(known[name], settings[name]):
             raise UsageError(f"{path}: {name} {fault[0]}", fault[1])
+        _refuse_variables(path, known[name], settings[name])
     return settings
+
+
+def _refuse_variables(path: Path, field: Field, value: Any) -> None:
+    """Checks that a name holds no variable of a shell, as a file's values are what they are: a run would go into $HOME."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if field.metadata["range"] == Words() and VARIABLE.search(str(item)) and not Path(item).exists():
+            raise UsageError(
+                f"{path}: {field.name} is {item!r}, and variables are not read in a file of settings.",
+                f"Write it out, as {shlex.quote(os.path.expandvars(item))}, or give it on the command line.",
+            )
 
 
 def _unknown(path: Path, key: str, name: str, config_type: type) -> UsageError:

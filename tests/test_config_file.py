@@ -57,6 +57,7 @@ def test_how_one_invocation_behaves_is_not_recorded(tmp_path):
         ("revision: 0123456", "revision", "0123456"),
         ("output: 7.10", "output", "7.10"),
         ("output: no", "output", "no"),
+        ("target_modules: [q_proj$|v_proj$]", "target_modules", ("q_proj$|v_proj$",)),
         ("exclude_modules: [no, 12]", "exclude_modules", ("no", "12")),
         ("seed: 1_000", "seed", 1000),
         ("max_grad_norm: .5", "max_grad_norm", 0.5),
@@ -72,6 +73,7 @@ def test_values_are_read_as_people_write_them(tmp_path, text, field, value):
     [
         ("learning_rat: 1", "unknown setting learning_rat", "learning_rate"),
         ("rank: many", "rank should be a whole number, found 'many'", None),
+        ("output: ${NOWHERE}/run", "variables are not read in a file", "${NOWHERE}/run"),
         ("output: ~", "output should be text, found None", None),
         ("rank: 010", "rank should be a whole number, found 010", "as 16"),
         ("seed: 1:30", "seed should be a whole number, found 1:30", None),
