@@ -647,6 +647,18 @@ def test_a_text_between_beginning_and_end_of_its_own_has_them_once(tmp_path):
     assert "2 of the first 4 rows hold some" in said
 
 
+def test_rows_that_a_column_keeps_from_training_are_said_wherever_they_stand(tmp_path):
+    rows = [{"prompt": "A lake?", "completion": f"{i}.", "split": "train"} for i in range(SAMPLE_RECORDS)]
+    held = [{**rows[0], "split": "Test"}, {**rows[0], "split": "validation"}]
+    _, said = prepared(tmp_path, [*rows, *held], byte_level())
+    assert "Rows that 'split' keeps from training are trained with the others: 'Test' (in 1 row), 'validation'" in said
+    command = said[said.index("grep") :].split("\n")[0].replace("DATA.jsonl", "a.jsonl")
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == SAMPLE_RECORDS
+    for alike in (rows[:2], held):
+        assert "keeps from training" not in prepared(tmp_path, alike, byte_level(), name="b.jsonl")[1]
+
+
 def test_columns_of_later_rows_alone_are_named(tmp_path):
     """What a row holds is not passed over because none of those by which the format was recognised has it."""
     rows = [{"messages": [ASK, ANSWER]}] * SAMPLE_RECORDS

@@ -10,6 +10,7 @@ import numpy as np
 from qlora_cli.artifacts import BAD_ROWS
 from qlora_cli.core.data.tokenize import TokenisedChunk
 from qlora_cli.core.reading.chunks import BadRow
+from qlora_cli.core.records.rules import HELD_OUT, PARTS
 from qlora_cli.errors import DataError
 from qlora_cli.events import Caution, Notice, Report
 from qlora_cli.settings.groups import COLUMN_FLAGS
@@ -22,7 +23,7 @@ LOST = {
     "call": "tool calls or arguments",
     "tool": "descriptions of tools",
 }
-UNREAD, DOUBLED = "unread_", "doubled_"  # before keys, among the counts
+UNREAD, DOUBLED, PART = "unread_", "doubled_", "part_"  # before keys, among the counts
 
 
 class PreparationStatistics:
@@ -152,6 +153,16 @@ class PreparationStatistics:
                     "value of each counts."
                 )
             )
+        for name in PARTS:
+            said = self._keys(f"{PART}{name}=")
+            held = Counter({value: n for value, n in said.items() if value.strip().lower() in HELD_OUT})
+            if held and len(held) < len(said):
+                report(
+                    Caution(
+                        f"Rows that {name!r} keeps from training are trained with the others: {_name_most(held, 'row')}. Of JSON "
+                        f'lines, this leaves them out: grep -vE \'"{name}": *"({"|".join(sorted(held))})"\' DATA.jsonl > train.jsonl'
+                    )
+                )
         if unread := self._keys(UNREAD):
             report(Notice(f"Keys of messages that are not used: {_name_most(unread, 'conversation')}."))
         if count := counts["weighed"]:

@@ -13,7 +13,7 @@ from qlora_cli.core.prompts.encoder import Run, TextEncoder, TokenizerSpec
 from qlora_cli.core.prompts.formatting import Formatted, Formatting, RowFormatter
 from qlora_cli.core.reading.chunks import BadRow, Chunk, parse_chunk
 from qlora_cli.core.records.record import NOTHING, BadField, Blank, Record, describe_type
-from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS, RowRules
+from qlora_cli.core.records.rules import BESIDE_IDS, GIVEN_MASKS, RowRules, part_of
 from qlora_cli.errors import QloraError
 
 # Columns of a format that are read in whatever row has them.
@@ -93,6 +93,7 @@ class Tokeniser:
         result.bad_rows = sorted(chunk.bad_rows + result.bad_rows, key=lambda bad: bad.line or 0)
         result.source_bytes = chunk.source_bytes
         result.counts.update({f"doubled_{key}": count for key, count in chunk.doubled.items()})
+        result.counts.update(f"part_{part}" for part in map(part_of, chunk.records) if part)
         if self._settings.columns is not None:
             known = self._settings.columns | READ_ANYWAY.get(self._settings.formatting.format, set())
             later = ((record, record.keys() - known) for record in chunk.records if not known.issuperset(record))

@@ -11,6 +11,23 @@ from qlora_cli.core.records.record import BadField, Blank, Record, describe_type
 GIVEN_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # 1 where a token is trained
 BESIDE_IDS = ("attention_mask", "labels", *GIVEN_MASKS, "position_ids")
 
+# Columns that say of a row whether it is for training, and what they call those that are not.
+PARTS = ("split", "set", "subset", "partition")
+TRAINING = ("train", "training")
+HELD_OUT = (
+    "test",
+    "testing",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+    "evaluation",
+    "holdout",
+    "held_out",
+    "heldout",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowRules:
@@ -64,6 +81,14 @@ class RowRules:
 
     def __bool__(self) -> bool:
         return self != RowRules()
+
+
+def part_of(record: Record) -> str | None:
+    """The column by which a row is for training or kept from it, and what it says, as `column=value`."""
+    for name in PARTS:
+        if isinstance(value := record.get(name), str) and value.strip().lower() in (*TRAINING, *HELD_OUT):
+            return f"{name}={value}"
+    return None
 
 
 def is_false(value: Any) -> bool:
