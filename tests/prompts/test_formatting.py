@@ -310,6 +310,16 @@ def test_others_write_a_prompt_as_it_was_trained_by_the_template_that_goes_with_
     ids = tokenizer.apply_chat_template(asked, chat_template=served, add_generation_prompt=True, return_dict=False)
     assert ids == format_prompt("Why?", CHAT, tokenizer)
     assert template_to_serve(replace(CHAT, template="{{ bos_token }}{{ messages }}"), tokenizer).count("bos_token") == 1
+    style = {"style": 'It\'s "plain".', "thinks": False, "depth": None}
+    said = replace(CHAT, template="\n{{ style }}{{ thinks }}{{ depth }}" + FALLBACK_TEMPLATE, template_settings=style)
+    served = template_to_serve(said, tokenizer)
+    ids = tokenizer.apply_chat_template(asked, chat_template=served, add_generation_prompt=True, return_dict=False)
+    assert ids == format_prompt("Why?", said, tokenizer)
+    given = tokenizer.apply_chat_template(asked, chat_template=served, tokenize=False, style="Other.")
+    assert "Other." in given and "plain" not in given
+    if own.format == "chat":
+        told = template_to_serve(replace(own, template_settings={"enable_thinking": False}), tokenizer)
+        assert "set enable_thinking = false" in told and told.endswith(own.template)
 
 
 @pytest.mark.parametrize(

@@ -352,18 +352,26 @@ def default_formatting(tokenizer: "PreTrainedTokenizerBase") -> Formatting:
 def template_to_serve(formatting: Formatting, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """The chat template by which others write conversations as they were trained; None where the tokenizer has that already.
 
-    Rows begin with what a tokenizer puts before a text (BOS), whatever their template says. Others write what it says alone.
+    Rows begin with what a tokenizer puts before a text (BOS), whatever their template says, and have the variables of it that
+    were set. Others write what it says alone.
     """
     spec = encoder_of(tokenizer).spec
     template, bos = formatting.template, spec.names.get("bos_token")
-    if formatting.format != "chat" or template is None or template == spec.chat_template:
+    settings = {name: value for name, value in (formatting.template_settings or {}).items() if name.isidentifier()}
+    is_own = template == spec.chat_template
+    if formatting.format != "chat" or template is None or (is_own and (formatting.tool_template or not settings)):
         return None
-    if not spec.prefix_ids or bos is None or "bos_token" in formatting.template_words() or bos in template:
-        return template
-    begun = tokenizer("a")["input_ids"]
-    behind = tokenizer(bos + "a", add_special_tokens=False)["input_ids"]
-    # Some put a space before the first word behind their own BOS, and none behind one that is written.
-    return ("{{ bos_token }}" if behind == begun[: len(behind)] else "{{ bos_token + ' ' }}") + template
+    told = bos is None or "bos_token" in formatting.template_words() or bos in template
+    if not is_own and spec.prefix_ids and not told:
+        begun = tokenizer("a")["input_ids"]
+        behind = tokenizer(f"{bos}a", add_special_tokens=False)["input_ids"]
+        # Some put a space before the first word behind their own BOS, and none behind one that is written.
+        template = ("{{ bos_token }}" if behind == begun[: len(behind)] else "{{ bos_token + ' ' }}") + template
+    for name, value in settings.items():
+        default = "none" if value is None else json.dumps(value)
+        # The line end goes with its block (trim_blocks), and the template still begins a line.
+        template = f"{{%- if {name} is not defined %}}{{%- set {name} = {default} %}}{{%- endif %}}\n{template}"
+    return template
 
 
 def format_prompt(
