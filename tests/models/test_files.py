@@ -99,6 +99,20 @@ def test_a_tokenizer_beside_no_configuration_is_that_of_the_model(tiny_model, tm
     assert same == ((run / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes())
 
 
+def test_a_chat_template_that_the_processor_alone_has_is_the_model_s(tiny_model, tmp_path):
+    base, run = shutil.copytree(tiny_model("llama"), tmp_path / "base"), tmp_path / "run"
+    run.mkdir()
+    (base / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    files = resolve_model(str(base))
+    assert files.tokenizer.chat_template == "{{ messages[0].content }}"
+    save_tokenizer(files, run)
+    assert AutoTokenizer.from_pretrained(run).chat_template == files.tokenizer.chat_template
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (run / name).read_bytes() == (base / name).read_bytes()
+    (base / "chat_template.jinja").write_text("of the tokenizer")
+    assert resolve_model(str(base)).tokenizer.chat_template == "of the tokenizer"
+
+
 def test_a_file_of_the_hub_s_cache_that_was_changed_after_it_arrived_is_named(tiny_model, tmp_path):
     """The cache's own form: a link to a file that is called by its SHA-256."""
     content = (tiny_model("llama") / "model.safetensors").read_bytes()

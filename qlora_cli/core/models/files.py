@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_cli.artifacts import TOKENIZER_FILES, TOKENIZER_SIGNS, own_code, tokenizer_files
+from qlora_cli.artifacts import CHAT_TEMPLATE, TOKENIZER_FILES, TOKENIZER_SIGNS, own_code, tokenizer_files
 from qlora_cli.core.models.hub import (
+    OLD_CHAT_TEMPLATE,
     READ_FILES,
     check_blobs,
     download_snapshot,
@@ -129,7 +130,7 @@ class ModelFiles:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer.
+        """The tokenizer; where its processor alone has a chat template, as with some models that see pictures, with that.
 
         Raises:
             ModelError: There is none, or it cannot be read.
@@ -137,6 +138,10 @@ class ModelFiles:
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
             float(tokenizer.model_max_length)  # whose type the library leaves as it found it
+            if tokenizer.chat_template is None and (self.directory / OLD_CHAT_TEMPLATE).is_file():
+                content = read_foreign_json(self.directory / OLD_CHAT_TEMPLATE)
+                template = content.get("chat_template") if isinstance(content, dict) else None
+                tokenizer.chat_template = template if isinstance(template, str) else None
         except Exception as error:  # a broken tokenizer file raises whatever the Rust library raises
             raise ModelError(
                 f"The tokenizer of {self.name} cannot be read: {first_line(error)}",
@@ -312,14 +317,17 @@ def save_tokenizer(files: ModelFiles, directory: Path) -> None:
     """
     code = own_code(files.directory) if files.trust_remote_code else []
     copy_files([*tokenizer_files(files.directory), *code], files.directory, directory)
+    *meant, template = tokenizer_content(files.tokenizer)
     try:
-        same = tokenizer_content(replace(files, directory=directory).tokenizer) == tokenizer_content(files.tokenizer)
+        *read, without = tokenizer_content(replace(files, directory=directory).tokenizer)
     except ModelError:
-        same = False
-    if not same:
+        read, without = [], None
+    if read != meant or not (without == template or (without is None and isinstance(template, str))):
         for path in tokenizer_files(directory):
             path.unlink()
         files.tokenizer.save_pretrained(directory)
+    elif without != template:  # its processor's
+        (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def copy_files(paths: Iterable[Path], source: Path, target: Path) -> None:
