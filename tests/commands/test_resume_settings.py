@@ -15,6 +15,8 @@ from qlora_cli.commands import train as train_command
 from qlora_cli.commands.prepare import prepare
 from qlora_cli.commands.train import train
 from qlora_cli.config import PrepareConfig, TrainConfig
+from qlora_cli.core.device import list_versions
+from qlora_cli.core.runs import identity
 from qlora_cli.core.storage.checkpoint import MANIFEST, list_checkpoints, manifest_digest
 from qlora_cli.errors import CheckpointError, Interrupted, QloraError
 from qlora_cli.events import Notice, StepLogged
@@ -185,6 +187,18 @@ def test_a_checkpoint_of_a_version_that_compared_less_goes_on(place, tiny_model,
         train(TrainConfig(**{**options, "rope_scaling": "linear:2"}), lambda event: None)
     train(TrainConfig(**options), lambda event: None)
     assert numbers(tmp_path / "out") == numbers(place / "straight")
+
+
+def test_a_run_that_goes_on_with_another_version_of_a_library_says_so(place, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(place / "cache"))
+    shutil.copytree(place / "stopped", tmp_path / "out")
+    versions = {**list_versions(), "torch": "1.0", "datasets": "1.0"}
+    monkeypatch.setattr(identity, "list_versions", lambda: versions)
+    events: list = []
+    options = {**settings_of(place, tiny_model), "output": str(tmp_path / "out"), "resume": True}
+    train(TrainConfig(**options), events.append)
+    (said,) = [event.text for event in events if isinstance(event, Notice) and "another way" in event.text]
+    assert f"(rounding.torch: {list_versions()['torch']!r} → '1.0')" in said
 
 
 def test_a_disk_that_is_full_as_a_run_goes_on_leaves_its_settings_whole(place, tiny_model, tmp_path, monkeypatch):

@@ -5,9 +5,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.core.device import list_versions
 from qlora_cli.core.runs.decisions import Decisions
 from qlora_cli.core.runs.inputs import Run, RunInputs
 from qlora_cli.settings.setting import ROUNDING, SAME
+
+COMPUTING = ("torch", "transformers", "bitsandbytes", "triton")  # libraries whose arithmetic is a step's
 
 
 def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str, Any]:
@@ -16,7 +19,7 @@ def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str,
     Each setting says in `config.py` what it means for it. `batches` is what the order of the rows came to, so that it
     changes with whatever that depends on; `rounding` may differ, and is said.
     """
-    values = asdict(run.config)
+    values, versions = asdict(run.config), list_versions()
 
     def settings(kind: str) -> dict[str, Any]:
         return {option.name: values[option.name] for option in fields(run.config) if option.metadata["resume"] == kind}
@@ -42,6 +45,7 @@ def run_identity(run: Run, inputs: RunInputs, decisions: Decisions) -> dict[str,
             **settings(ROUNDING),
             "ranks": run.ranks.world_size,
             "context_parallel": run.ranks.context,
+            **{library: versions[library] for library in COMPUTING},
         },
     }
 
