@@ -26,7 +26,7 @@ LIST_EXAMPLE = "Write [a, b], or a, b."
 
 CONFIGS = (TrainConfig, PrepareConfig, MergeConfig, GenerateConfig, InspectConfig)
 MOST_BYTES = 2**20
-VARIABLE = re.compile(r"\$(\w+|\{\w+\})")  # of a shell
+VARIABLE = re.compile(r"\$(?:(\w+)|\{\w+\})")  # of a shell
 RECIPES = Path(__file__).parent / "recipes"  # settings of tutorials, by name; examples/ links to them
 
 
@@ -149,9 +149,13 @@ def read_config_file(path: Path, config_type: type) -> dict[str, Any]:
 
 
 def _refuse_variables(path: Path, field: Field, value: Any) -> None:
-    """Checks that a name holds no variable of a shell, as a file's values are what they are: a run would go into $HOME."""
+    """Checks that a name holds no variable of a shell, as a file's values are what they are: a run would go into $HOME.
+
+    Without braces it is one where the environment has it: columns are called $id, too.
+    """
     for item in value if isinstance(value, tuple) else (value,):
-        if field.metadata["range"] == Words() and VARIABLE.search(str(item)) and not Path(item).exists():
+        found = [match[1] for match in VARIABLE.finditer(str(item))] if field.metadata["range"] == Words() else []
+        if any(name is None or name in os.environ for name in found) and not Path(item).exists():
             raise UsageError(
                 f"{path}: {field.name} is {item!r}, and variables are not read in a file of settings.",
                 f"Write it out, as {shlex.quote(os.path.expandvars(item))}, or give it on the command line.",
