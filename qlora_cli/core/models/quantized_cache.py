@@ -185,7 +185,7 @@ def restore_base(
     try:
         manifest = read_json(directory / MANIFEST)
         if (kept := manifest.get("weights")) and files.weight_stamps not in ({}, kept):
-            raise RunError("the model's files were written since.")
+            raise RunError("the model's files were written since, or another copy of the model was used last.")
         tensors, copy = _read(directory / WEIGHTS, manifest, device, weight_shards)
         model = build_empty(files.config, trust_remote_code=files.trust_remote_code)
         _blank_experts(model, tensors, facts, compute_dtype)
