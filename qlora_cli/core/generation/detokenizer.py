@@ -5,8 +5,10 @@ prompt where that ends inside a character, drops text before an unfinished chara
 never make one, and raises "Invalid prefix" on some byte-fallback tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
+
+from qlora_cli.core.prompts.encoder import encoder_of
 
 BROKEN = "\ufffd"  # the replacement character: bytes that are no character (yet)
 LONGEST_CHARACTER_TOKENS = 4  # UTF-8 bytes of one character, in tokens of a byte each
@@ -23,6 +25,7 @@ class TextStream:
         before: Ids of the prompt: its end decides how the answer begins.
         stop: Strings at which the answer ends; none of them is returned.
         strip: Whether spaces and line ends before the answer's first letter are left out.
+        marks: Control tokens that are written out; the others are not.
 
     Attributes:
         text: All that was returned.
@@ -30,9 +33,16 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, before: Sequence[int] = (), stop: Sequence[str] = (), *, strip: bool = False
+        self,
+        tokenizer: Any,
+        before: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        *,
+        strip: bool = False,
+        marks: Collection[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self._hidden = set(encoder_of(tokenizer).control_ids.values()) - set(marks) if marks else None
         self._strip = strip
         self.stop = tuple(text for text in stop if text)
         self.stopped = False
@@ -52,9 +62,10 @@ class TextStream:
         self._held = ""  # may be the beginning of a stop string
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(
-            self._ids[self._start :], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        hidden, ids = self._hidden, self._ids[self._start :]
+        if hidden is not None:
+            ids = [token for token in ids if token not in hidden]
+        return self.tokenizer.decode(ids, skip_special_tokens=hidden is None, clean_up_tokenization_spaces=False)
 
     def push(self, token: int) -> str:
         """Takes the next token and returns the text that is now certain, often empty."""

@@ -24,12 +24,14 @@ class Request:
         ids: The formatted prompt.
         max_new_tokens: At least 1.
         strip: Whether blanks before the answer are left out of its text.
+        marks: Control tokens that its text has, as they tell a call of a tool from other text.
     """
 
     index: int
     ids: Sequence[int]
     max_new_tokens: int
     strip: bool = False
+    marks: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,13 @@ class Completion:
 
 
 def make_request(
-    index: int, ids: Sequence[int], *, max_new_tokens: int, context: int | None, strip: bool = False
+    index: int,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    context: int | None,
+    strip: bool = False,
+    marks: frozenset[int] = frozenset(),
 ) -> Request:
     """A request that fits the model's context; the answer is cut shorter where it must be.
 
@@ -65,7 +73,7 @@ def make_request(
             f"The prompt has {len(ids):,} tokens and the model reads at most {context:,}.", "Shorten the prompt."
         )
     room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
-    return Request(index, ids, room, strip)
+    return Request(index, ids, room, strip, marks)
 
 
 def find_end_ids(model: Any, tokenizer: Any, formatting: Formatting) -> set[int]:
@@ -94,6 +102,11 @@ def closing_ids(tokenizer: Any, formatting: Formatting) -> set[int]:
     last_text = max(position for position, (content, _) in enumerate(row) if isinstance(content, str))
     closing = next((content for content, _ in row[last_text + 1 :] if isinstance(content, int)), None)
     return formatter.find_call_ends() | ({closing} if closing is not None else set())
+
+
+def find_call_marks(tokenizer: Any, formatting: Formatting) -> frozenset[int]:
+    """The control tokens by which a call of a tool is told from other text, where answers may be calls."""
+    return frozenset(RowFormatter(formatting, encoder_of(tokenizer)).find_call_marks())
 
 
 def not_a_number() -> ModelError:
@@ -135,7 +148,11 @@ class GrowingCompletion:
         self.finish: str | None = None
         self._ids: list[int] = []
         self.end_ids = end_ids
-        self._stream = TextStream(tokenizer, request.ids, stop, strip=request.strip)
+        marks = set(request.marks)
+        if stop:  # a stop string may hold control tokens, and is found in what is written
+            own = encoder_of(tokenizer).control_ids
+            marks |= {token for text, token in own.items() if any(text in each for each in stop)}
+        self._stream = TextStream(tokenizer, request.ids, stop, strip=request.strip, marks=marks)
         self._on_text = on_text
 
     def push(self, token: int) -> bool:

@@ -25,6 +25,7 @@ from qlora_cli.core.generation.requests import (
     Completion,
     GrowingCompletion,
     Request,
+    find_call_marks,
     find_end_ids,
     make_request,
 )
@@ -102,6 +103,7 @@ class GenerationSession:
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
         self._files: dict[str, ModelFiles] = {}  # by adapter, those with its tokenizer
         self._selected: str | None = None
+        self._marks: dict[str | None, frozenset[int]] = {}  # by adapter, of its answers that call tools
 
     # ------------------------------------------------------------ prompts to requests
 
@@ -166,12 +168,15 @@ class GenerationSession:
         # A template would make a text of nothing.
         if isinstance(prompt, str) and not prompt.strip() and not self.settings.raw:
             raise DataError("The prompt is empty.", "Type one, in quotes; --raw gives the model what is typed alone.")
+        if adapter not in self._marks:
+            self._marks[adapter] = find_call_marks(self.tokenizer_of(adapter), formatting)
         return make_request(
             index,
             format_prompt(prompt, formatting, self.tokenizer_of(adapter)),
             max_new_tokens=self.settings.max_new_tokens,
             context=self.context,
             strip=formatting.format in ("prompt", "chat"),
+            marks=self._marks[adapter],
         )
 
     def end_ids(self, adapter: str | None) -> set[int]:

@@ -105,16 +105,30 @@ class ChatFormatter:
 
     def find_call_ends(self) -> set[int]:
         """Control tokens that end an answer which calls a tool."""
+        return {self._encoder.control_ids[text] for text, is_control in self._render_call()[-1:] if is_control}
+
+    def find_call_marks(self) -> set[int]:
+        """Control tokens by which a call of a tool is told from an answer that is text."""
+        said: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text, call = (
+            {part for part in answer if part[1]} for answer in (self._render_answer(said), self._render_call())
+        )
+        return {self._encoder.control_ids[mark] for mark, _ in call - text}
+
+    def _render_call(self) -> list[tuple[str, bool]]:
         function = {"name": "find", "description": "Find", "parameters": {"type": "object", "properties": {"a": {}}}}
         call = {"id": "abc123def", "type": "function", "function": {"name": "find", "arguments": {"a": "b"}}}
         calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         messages: list[Message] = [{"role": "user", "content": "a"}, calling]
-        tools = [{"type": "function", "function": function}]
+        tools: list[Record] = [{"type": "function", "function": function}]
+        return self._render_answer(messages, tools)
+
+    def _render_answer(self, messages: list[Message], tools: list[Record] | None = None) -> list[tuple[str, bool]]:
+        """The answer of a conversation of two turns, text and whether it is a control token; empty where it has no row."""
         (rendered,) = self._render([Request(messages, tools, self.formatting.template_settings, (0,))])
         if isinstance(rendered, BadField) or rendered.faults or not rendered.rows:
-            return set()
-        own = [(text, is_control) for text, is_control, turn in rendered.rows[-1][0] if turn == 0]
-        return {self._encoder.control_ids[text] for text, is_control in own[-1:] if is_control}
+            return []
+        return [(text, is_control) for text, is_control, turn in rendered.rows[-1][0] if turn == 0]
 
     def _training_request(self, record: Record, train_on: str) -> Request:
         conversation = self._conversation(record, is_prompt=False)
