@@ -144,8 +144,9 @@ def test_public_is_public_and_again_is_the_same(hub, api, model) -> None:
 
 def test_nothing_goes_to_a_public_repository_unasked(hub, api, model) -> None:
     hub.visibility["someone/tuned"] = False
-    with pytest.raises(MergeError, match="exists already and is public; nothing was uploaded"):
+    with pytest.raises(MergeError, match="exists already and is public; nothing was uploaded") as caught:
         push_model(model, "someone/tuned", public=False, api=api)
+    assert "hf upload someone/tuned" not in caught.value.hint
     assert not hub.files
 
 
@@ -155,7 +156,8 @@ def test_a_refusal_names_the_way_in_and_no_token(hub, api, model, status) -> Non
     with pytest.raises(MergeError) as caught:
         push_model(model, "someone/tuned", public=False, api=api)
     assert "hf auth login" in caught.value.hint
-    assert f"hf upload someone/tuned {model}" in caught.value.hint  # the merge is not lost
+    assert f"hf upload someone/tuned {model} " in caught.value.hint  # the merge is not lost
+    assert caught.value.hint.endswith(" --private")
     assert TOKEN not in caught.value.message + caught.value.hint
 
 
@@ -164,6 +166,10 @@ def test_a_hub_out_of_reach_is_one_sentence(model, api, hub) -> None:
     away = HfApi(endpoint="http://127.0.0.1:9", token=TOKEN)
     with pytest.raises(MergeError, match="could not be uploaded"):
         push_model(model, "someone/tuned", public=False, api=away)
+    spaced = model.rename(model.with_name("my model"))
+    with pytest.raises(MergeError) as caught:
+        push_model(spaced, "someone/tuned", public=True, api=away)
+    assert caught.value.hint.endswith(f"hf upload someone/tuned '{spaced}' --exclude .qlora.json")
 
 
 @pytest.mark.parametrize("public", [False, True])

@@ -1,5 +1,6 @@
 """Upload of a merged model to the hub, private unless asked otherwise."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -34,13 +35,16 @@ def push_model(directory: Path, repository: str, *, public: bool, api: HfApi | N
         MergeError: The hub refuses, cannot be reached, or the repository is public and that was not asked for.
     """
     api = api or HfApi()
-    again = f"The model is complete in {directory}; upload it later with: hf upload {repository} {directory}"
+    upload = f"{shlex.quote(str(directory))} --exclude {MARK}"
+    upload += "" if public else " --private"  # else it makes a repository that everyone may see
+    complete = f"The model is complete in {directory}; upload it later with: hf upload"
+    again = f"{complete} {repository} {upload}"
     try:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         if not public and not api.repo_info(repository).private:
             raise MergeError(
                 f"{repository} exists already and is public; nothing was uploaded.",
-                f"Add --public, or name another repository. {again}",
+                f"Add --public, or name another repository. {complete} ORG/NAME {upload}",
             )
         api.upload_folder(
             repo_id=repository, folder_path=directory, commit_message="Upload merged model", ignore_patterns=[MARK]
