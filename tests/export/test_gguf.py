@@ -216,6 +216,7 @@ def test_the_modelfile_has_the_trained_format_and_its_stop_marks():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     text = write_modelfile(chat_formatting(CHAT), tokenizer)
     assert text.startswith("FROM ./model.gguf\nTEMPLATE")
+    assert text.endswith("PARAMETER repeat_penalty 1.0\n"), "sampled otherwise than by generate"
     assert 'PARAMETER stop "<|im_end|>"' in text and 'PARAMETER stop "<|endoftext|>"' in text
     assert template_for(chat_formatting(CHAT), tokenizer) == (
         "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ .Prompt }}<|im_end|>\n"

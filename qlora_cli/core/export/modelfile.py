@@ -19,7 +19,8 @@ def write_modelfile(formatting: Formatting, tokenizer: PreTrainedTokenizerBase) 
     stops = dict.fromkeys(text for text in (tokenizer.eos_token, *_closing(formatting, tokenizer)) if text)
     lines = [f"FROM ./{FILE}", f'TEMPLATE """{template_for(formatting, tokenizer)}"""']
     lines += [f'PARAMETER stop "{_quoted(stop)}"' for stop in stops]
-    lines += ["PARAMETER temperature 0.7", "PARAMETER top_p 0.95"]
+    # As `qlora generate` samples; a penalty of 1.1, which Ollama had by default, spoils code and JSON.
+    lines += ["PARAMETER temperature 0.7", "PARAMETER top_p 0.95", "PARAMETER repeat_penalty 1.0"]
     return "\n".join(lines) + "\n"
 
 
