@@ -16,6 +16,7 @@ from qlora_cli.core.generation.chat import Conversation, read_question, run_line
 from qlora_cli.core.generation.requests import ENDED, LENGTH, Request
 from qlora_cli.core.generation.session import UNQUANTIZED, GenerationSession
 from qlora_cli.core.models.files import ModelFiles, resolve_model
+from qlora_cli.core.prompts.formatting import parse_template_settings
 from qlora_cli.core.runs.validate import check, report_idle
 from qlora_cli.core.storage.content_digest import content_digests
 from qlora_cli.core.storage.ownership import may_write_file
@@ -274,6 +275,8 @@ def settings_fingerprint(config: GenerateConfig, compute_dtype: torch.dtype) -> 
     }
     if config.rope_scaling is not None:
         base["rope_scaling"] = parse_rope_scaling(config.rope_scaling)
+    if config.template_setting:  # decides prompts, of which the file knows what was typed
+        base["template_setting"] = parse_template_settings(config.template_setting)
     sampling = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
     answers = {
         "sampling": {name: getattr(config, name) for name in sampling},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_cli.artifacts import MERGE_RECORD, RUN_RECORD
-from qlora_cli.commands.generate import converse, generate
+from qlora_cli.commands.generate import converse, generate, settings_fingerprint
 from qlora_cli.config import GenerateConfig
 from qlora_cli.core.decoding.decoder import Decoder
 from qlora_cli.core.generation.session import GenerationSession
@@ -251,6 +251,16 @@ def test_a_file_goes_on_when_the_hub_has_a_newer_commit_unless_a_revision_was_ty
     target.unlink()
     ask([], **arguments, model_revision="v1", seed=3)
     assert {row["settings"] for row in rows_of(target)} == {first_fingerprint("org/model", "v1", "nf4", seed=3)}
+
+
+def test_answers_under_other_variables_of_the_template_are_not_mixed():
+    def settings_of(*given):
+        config = GenerateConfig(model="org/model", template_setting=given or None)
+        return settings_fingerprint(config, torch.float32)
+
+    on, off = "enable_thinking=true", "enable_thinking=false"
+    assert len({settings_of(), settings_of(on), settings_of(off)}) == 3
+    assert settings_of(off) == settings_of("enable_thinking=False")
 
 
 def test_double_quantisation_tells_no_files_apart_where_nothing_is_quantised(tiny_model, tmp_path):
