@@ -326,12 +326,12 @@ def is_model(directory: Path) -> bool:
 
 
 def describe_place(directory: Path) -> tuple[str, str] | None:
-    """What a directory holds, and by which flag it goes, as a sentence; None where it is nothing of ours."""
+    """What a directory holds, and which commands take it, as a sentence; None where it is nothing of ours."""
     place = shlex.quote(str(directory))
     if is_prepared(directory):
-        return "it holds prepared rows", f"They go by: --prepared {place}"
+        return "it holds prepared rows", f"Train on them with: qlora train --model ... --prepared {place}"
     if is_model(directory):
-        return "it holds a whole model", f"That goes by: --model {place}"
+        return "it holds a whole model", f"Ask it with: qlora generate --model {place}"
     way = f"To train on, merge it, or go on with its run: --output {place} --resume. Other commands: --adapter {place}"
     return ("it holds a run or an adapter", way) if is_run(directory) else None
 

@@ -112,10 +112,10 @@ def test_a_mistake_gets_what_was_wrong_and_what_to_type(line, tmp_path, monkeypa
     [
         ("train --model run --data rows.jsonl", "--adapter run"),
         ("train --model rows --data rows.jsonl", "--prepared rows"),
-        ("train --model m --data rows", "--prepared rows"),
+        ("train --model m --data rows", "qlora train --model ... --prepared rows"),
         ("train --model m --prepared rows.jsonl", "qlora prepare --model ... --data rows.jsonl"),
         ("train --model m --prepared run", "--adapter run"),
-        ("merge --adapter m", "--model m"),
+        ("merge --adapter m", "qlora generate --model m"),
         ("inspect rows.jsonl", "qlora prepare --model MODEL --data rows.jsonl"),
         ("inspect .", "qlora inspect run"),
         ("inspect ORG/NAME", "qlora inspect --model ORG/NAME"),
@@ -326,8 +326,9 @@ def test_what_is_no_adapter_is_called_what_it_is(tmp_path):
         with pytest.raises(AdapterError) as caught:
             read_adapter(tmp_path / name)
         said[name] = (str(caught.value).partition(": ")[2], caught.value.hint)
-    assert said["rows of mine"] == ("it holds prepared rows.", f"They go by: --prepared '{tmp_path}/rows of mine'")
-    assert said["model"] == ("it holds a whole model.", f"That goes by: --model {tmp_path}/model")
+    way = f"Train on them with: qlora train --model ... --prepared '{tmp_path}/rows of mine'"
+    assert said["rows of mine"] == ("it holds prepared rows.", way)
+    assert said["model"] == ("it holds a whole model.", f"Ask it with: qlora generate --model {tmp_path}/model")
     assert said["other"][0] == f"{ADAPTER_CONFIG} is missing."
     assert said["absent"][0] == "there is no such directory."
     with pytest.raises(AdapterError) as caught:
