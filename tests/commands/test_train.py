@@ -677,6 +677,15 @@ def test_rows_of_another_tokenizer_are_refused(options, tmp_path):
     assert "qlora prepare" in caught.value.hint
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_prepared_rows_longer_than_max_length_are_refused(options, tmp_path, packing):
+    rows = prepare(PrepareConfig(model=options["model"], data=options["data"], output=str(tmp_path / "p")), [].append)
+    with pytest.raises(DataError, match="rows that are prepared are not cut") as caught:
+        run(options, data=None, prepared=str(tmp_path / "p"), max_length=8, packing=packing)
+    assert "--max-length 8" in caught.value.hint and rows.directory in caught.value.hint
+    assert not Path(options["output"]).exists()
+
+
 def test_a_tracker_that_is_not_installed_is_said_with_what_to_type(options, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--report-to wandb") as caught:

@@ -117,6 +117,15 @@ def read_inputs(run: Run) -> RunInputs:
                     f"Prepare them anew: qlora prepare --model {shlex.quote(files.name)} --data ... "
                     f"--output {shlex.quote(str(config.prepared))}",
                 )
+            longest = int(rows.lengths.max(initial=0))
+            # A run that was begun when only packs were refused goes on as it was.
+            if config.max_length is not None and longest > config.max_length and not config.resume:
+                raise DataError(
+                    f"The longest row in {config.prepared} has {longest:,} tokens, and rows that are prepared are not cut: "
+                    f"--max-length {config.max_length} is for shorter ones.",
+                    f"Leave --max-length out, or prepare them anew: qlora prepare --model {shlex.quote(files.name)} "
+                    f"--data ... --max-length {config.max_length} --output {shlex.quote(str(config.prepared))}",
+                )
     files.check_token(rows.largest_id(), profile.vocabulary)
     max_length = config.max_length or rows.manifest["max_length"]
     settled = _settle(config, profile, rows, run.report)
