@@ -36,7 +36,7 @@ from qlora_cli.core.models.structure import find_decoder
 from qlora_cli.core.prompts.formatting import Formatting
 from qlora_cli.core.runs.decisions import Decisions, decide, describe_plan, products_in_8_bits_pay, report_uncompiled
 from qlora_cli.core.runs.directory import begin_run, claimed_output
-from qlora_cli.core.runs.finish import describe_result, write_record, write_run
+from qlora_cli.core.runs.finish import describe_result, find_best, write_record, write_run
 from qlora_cli.core.runs.identity import run_identity
 from qlora_cli.core.runs.inputs import Run, RunInputs, describe_start, read_inputs
 from qlora_cli.core.runs.metrics import MetricsFile
@@ -179,13 +179,16 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         result = describe_result(run, inputs, loaded.vram, trainer.state, time.perf_counter() - started)
         engine.close()
         if ranks.is_main:
+            if best := find_best(run, result.best_step):
+                result = replace(result, eval_loss=result.best_eval_loss)
             if loaded.weight_shards is None:
-                held_out = measure_held_out(
-                    loaded.model, inputs.files, inputs.data.eval_rows, inputs.profile.vocabulary, run.report
-                )
+                if best:
+                    load_adapter_state(loaded.model, read_tensors(best, ADAPTER_WEIGHTS))
+                rows, vocabulary = inputs.data.eval_rows, inputs.profile.vocabulary
+                held_out = measure_held_out(loaded.model, inputs.files, rows, vocabulary, run.report)
                 result = replace(result, gap=asdict(held_out) if held_out else None)
             with reporting_disk_full(run.output, decisions.checkpoint_bytes):
-                write_run(run, inputs, loaded.base, loaded.save_adapter, result, loaded.started)
+                write_run(run, inputs, loaded.base, loaded.save_adapter, result, loaded.started, best)
         ranks.barrier()
         return result
 

@@ -156,6 +156,14 @@ def test_an_adapter_of_experts_is_shown_with_them():
     assert shown == "rank 4, alpha 32 on q_proj, mlp.experts.down_proj · rank pattern"
 
 
+def test_the_held_out_loss_of_a_run_is_that_of_the_adapter_it_kept():
+    run = {"directory": "out", "kind": "run", "progress": {"steps": 4, "last_loss": 2.0, "last_eval_loss": 3.0}}
+    kept = run | {"training": {"total_steps": 4, "eval_loss": 2.5}}
+    assert of_a_run(kept).sentences[0].endswith("held-out loss 2.5000.")
+    assert of_a_run(kept | {"kind": "checkpoint"}).sentences[0].endswith("held-out loss 3.0000.")
+    assert of_a_run(run).sentences[0].endswith("held-out loss 3.0000.")
+
+
 def test_what_a_card_does_not_hold_is_said_and_where_it_is():
     settings = {"streamed_layers": 4, "waiting_states": 0.5, "context_parallel": 2}
     model = RESULTS["model"]

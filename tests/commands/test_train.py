@@ -599,7 +599,8 @@ WORSENING = {
 }
 
 
-def test_keep_best_keeps_the_adapter_of_the_lowest_evaluation_loss(options):
+def test_keep_best_keeps_the_adapter_of_the_lowest_evaluation_loss(options, monkeypatch):
+    monkeypatch.setattr("qlora_cli.commands.train.measure_held_out", measure_held_out)
     events: list = []
     result = run(options, events, **WORSENING, save_every=100)
     output = Path(options["output"])
@@ -607,6 +608,8 @@ def test_keep_best_keeps_the_adapter_of_the_lowest_evaluation_loss(options):
     assert result.best_step == min(losses, key=losses.get) != 3, "the case needs a run that gets worse"
     assert weights(output) == weights(checkpoint_path(output / CHECKPOINTS, result.best_step))
     assert weights(output) != weights(checkpoint_path(output / CHECKPOINTS, 3))
+    assert result.eval_loss == losses[result.best_step], "the figures are of the adapter that is kept"
+    assert result.gap["adapter"] == pytest.approx(result.eval_loss, abs=1e-4)
 
 
 def test_a_damaged_best_checkpoint_is_said_and_the_last_adapter_kept(options):

@@ -99,10 +99,12 @@ def _gap(gap: dict[str, Any]) -> str:
 def of_a_run(result: dict[str, Any]) -> Screen:
     """What an adapter is, and how far its training came."""
     place, progress, settings = result["directory"], result.get("progress") or {}, result.get("settings") or {}
-    kind = result["kind"]
-    steps, total = progress.get("steps"), (result.get("training") or {}).get("total_steps")
+    kind, training = result["kind"], result.get("training") or {}
+    steps, total = progress.get("steps"), training.get("total_steps")
     loss = progress.get("last_loss")
     held_out = progress.get("last_eval_loss")
+    if kind == "run" and "adapter" not in result:  # the adapter that is kept may be that of another step
+        held_out = training.get("eval_loss", held_out)
     came = f"{steps:,} of {total:,} steps" if total else format_count(steps or 0, "step")
     came = f": {came}" if steps is not None else ""
     came += f", loss {loss:.4f}" if loss is not None else ""

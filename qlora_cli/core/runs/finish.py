@@ -39,7 +39,7 @@ from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, verif
 from qlora_cli.core.training.progress import TrainerState
 from qlora_cli.core.training.state import REQUIRED_FILES
 from qlora_cli.errors import CheckpointError
-from qlora_cli.events import Caution, Notice, Report, Vram
+from qlora_cli.events import Caution, Notice, Vram
 from qlora_cli.settings.setting import recorded_fields
 
 
@@ -78,11 +78,12 @@ def write_run(
     save_adapter: Callable[[Path], None],
     result: TrainResult,
     started: dict[str, Any],
+    best: Checkpoint | None,
 ) -> None:
     """Writes the files that make a directory of checkpoints and metrics a finished run. No network call is made.
 
-    `save_adapter` writes the trained adapter, as it is now, into a directory; with --keep-best that of the best
-    evaluation is kept instead. `started` is what is recorded of the adapter's start, and of merging it.
+    `save_adapter` writes the trained adapter, as it is now, into a directory; that of `best`, from `find_best`, is kept
+    instead. `started` is what is recorded of the adapter's start, and of merging it.
     """
     output, rows = run.output, inputs.rows
     if (rows.directory / BAD_ROWS).is_file():
@@ -95,7 +96,6 @@ def write_run(
     draw_loss_curve(output, title=f"Loss of {title}")
     write_report_page(output, title=title, results=training, settings=settings, data={**data, **counts})
     formatting = Formatting.from_dict(rows.manifest["formatting"])
-    best = _find_best(output, result.best_step, run.report) if run.config.keep_best and result.best_step else None
     with finished_files(output) as directory:
         save_tokenizer(inputs.files, directory)
         if template := template_to_serve(formatting, inputs.files.tokenizer):
@@ -137,12 +137,17 @@ def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more
     write_json(directory / RUN_RECORD, record)
 
 
-def _find_best(output: Path, step: int, report: Report) -> Checkpoint | None:
-    """The checkpoint of the best evaluation; None, with a caution, where it is damaged: the run must not be lost too."""
-    try:
-        best = verify_checkpoint(checkpoint_path(output / CHECKPOINTS, step), REQUIRED_FILES)
-    except CheckpointError as error:
-        report(Caution(f"The best adapter, of step {step}, is lost ({error.message}): the last one is kept instead."))
+def find_best(run: Run, step: int | None) -> Checkpoint | None:
+    """The checkpoint of the best evaluation, where its adapter is to be kept; None, with a caution, where it is damaged: the
+    run must not be lost too."""
+    if not run.config.keep_best or not step:
         return None
-    report(Notice(f"The adapter kept is that of step {step}, which had the lowest evaluation loss."))
+    try:
+        best = verify_checkpoint(checkpoint_path(run.output / CHECKPOINTS, step), REQUIRED_FILES)
+    except CheckpointError as error:
+        run.report(
+            Caution(f"The best adapter, of step {step}, is lost ({error.message}): the last one is kept instead.")
+        )
+        return None
+    run.report(Notice(f"The adapter kept is that of step {step}, which had the lowest evaluation loss."))
     return best

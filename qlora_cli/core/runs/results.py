@@ -17,7 +17,7 @@ class TrainResult:
     tokens: int
     seconds: float  # of this process's training
     final_loss: float | None
-    eval_loss: float | None
+    eval_loss: float | None  # of the adapter that is kept
     best_eval_loss: float | None
     best_step: int | None
     stopped_early: bool
