@@ -114,6 +114,7 @@ def open_standard_descriptors() -> None:
     """Opens those of the descriptors 0, 1 and 2 that are closed as /dev/null.
 
     Else the next file opened, such as a checkpoint, gets the number, and whatever a library prints is written into it.
+    What is read and is no UTF-8 comes as in arguments, and is named where it is used.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -124,6 +125,8 @@ def open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)  # gets the lowest number that is free
             opened = open(descriptor, "r" if descriptor == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, opened)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 @contextlib.contextmanager

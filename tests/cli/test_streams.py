@@ -1,10 +1,13 @@
 """Standard streams that cannot be written: nothing raises, and what was lost on the way out is in the exit code."""
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+
+from qlora_cli.cli.streams import open_standard_descriptors
 
 WRITE = """
 import os, sys
@@ -53,3 +56,9 @@ def test_a_full_pipe_that_does_not_block_costs_lines_and_no_more():
     os.close(writing)
     os.close(reading)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3000
+
+
+def test_what_is_read_and_is_no_utf_8_comes_as_in_arguments(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff"), encoding="utf-8"))
+    open_standard_descriptors()
+    assert sys.stdin.read() == os.fsdecode(b"a \xff")
