@@ -119,6 +119,16 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(tmp_path):
     assert conversation.messages[0]["role"] == "user"
 
 
+def test_nothing_is_forgotten_for_a_question_that_cannot_be_answered():
+    echo = Echo(room=200)
+    conversation = Conversation(echo, "first", lambda piece: None)
+    conversation.ask("a")
+    before = list(conversation.messages)
+    with pytest.raises(DataError):
+        conversation.ask("a" * 300)
+    assert conversation.messages == before and not conversation.forgotten
+
+
 def test_commands_do_what_they_say(conversation, echo, tmp_path):
     events = []
     for line in (

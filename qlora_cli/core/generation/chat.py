@@ -184,7 +184,12 @@ class Conversation:
         self.system = system
 
     def _make_room(self, question: Message) -> None:
-        """Forgets the oldest turns until the rest fits the model's context."""
+        """Forgets the oldest turns until the rest fits the model's context.
+
+        Raises:
+            DataError: The question cannot be answered alone; nothing is forgotten for it.
+        """
+        self.session.request(0, self._prompt([question]), self.adapter)
         while self.messages and not self._fits([*self.messages, question]):
             del self.messages[:2]
             self.forgotten += 2
@@ -193,7 +198,7 @@ class Conversation:
         """Whether an answer has room for at least half of what --max-new-tokens allows."""
         try:
             request = self.session.request(0, self._prompt(messages), self.adapter)
-        except DataError:  # no room at all; where the question alone is too long, asking it says so
+        except DataError:  # no room at all
             return False
         return 2 * request.max_new_tokens >= self.session.settings.max_new_tokens
 
