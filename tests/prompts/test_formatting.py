@@ -337,6 +337,16 @@ def test_prompts_that_do_not_fit_are_refused(formatting, prompt, message):
         format_prompt(prompt, formatting, byte_level())
 
 
+def test_a_conversation_that_ends_in_its_answer_is_asked_without_it():
+    """As rows of the data do: the answer in columns of their own is not given to the model either."""
+    tokenizer = byte_level()
+    question, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+    asked = format_prompt([question, answer, question], CHAT, tokenizer)
+    assert format_prompt([question, answer, question, answer, answer], CHAT, tokenizer) == asked
+    with pytest.raises(DataError, match="has no question"):
+        format_prompt([answer], CHAT, tokenizer)
+
+
 def test_an_object_may_call_its_prompt_prompt():
     tokenizer = byte_level()
     for formatting in (PAIR, TEXT, CHAT):

@@ -75,7 +75,13 @@ class ChatFormatter:
             prompt = {column: prompt}
         if column == self._columns.messages and isinstance(prompt[column], str):
             prompt = {**prompt, column: [{"role": "user", "content": prompt[column]}]}
-        (rendered,) = self._render([self._request(self._conversation(prompt, is_prompt=True), "prompt", ())])
+        conversation = self._conversation(prompt, is_prompt=True)
+        # One of the data ends in the answer, which is to be given anew: no model speaks twice in a row.
+        asked = [i for i, message in enumerate(conversation.messages, start=1) if message["role"] != "assistant"]
+        if not asked:
+            raise BadField(f"field {column!r}: has no question")
+        conversation = replace(conversation, messages=conversation.messages[: asked[-1]])
+        (rendered,) = self._render([self._request(conversation, "prompt", ())])
         if isinstance(rendered, BadField):
             raise rendered
         ((spans, _),) = rendered.rows
