@@ -34,6 +34,9 @@ class Echo:
         self.asked = prompt
         return Request(index, [1], self.settings.max_new_tokens)
 
+    def without_thought(self, answer, adapter):
+        return answer
+
     def select(self, adapter):
         self.selected = adapter
 

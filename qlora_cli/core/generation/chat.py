@@ -77,8 +77,9 @@ class Conversation:
             self._answer([*self.messages, question], self._turn + RETRY_STRIDE * self._retries, pieces)
         finally:
             answer = "".join(pieces).strip()
-            if answer:
-                self.messages += [question, {"role": "assistant", "content": answer}]
+            # An answer's thought is not a part of what it said.
+            if said := self.session.without_thought(answer, self.adapter):
+                self.messages += [question, {"role": "assistant", "content": said}]
         return answer
 
     def retry(self) -> str:

@@ -16,6 +16,22 @@ LENGTH = "length"  # as many tokens as were allowed
 
 
 @dataclass(frozen=True)
+class Marks:
+    """Control tokens within answers.
+
+    Attributes:
+        tokens: Those that mark thoughts and calls of tools, which are written.
+        opening: Tokens with which an answer begins that is neither, which are not.
+    """
+
+    tokens: frozenset[int] = frozenset()
+    opening: tuple[int, ...] = ()
+
+
+NO_MARKS = Marks()
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt to answer.
 
@@ -24,14 +40,14 @@ class Request:
         ids: The formatted prompt.
         max_new_tokens: At least 1.
         strip: Whether blanks before the answer are left out of its text.
-        marks: Control tokens that its text has, as they tell a call of a tool from other text.
+        marks: Control tokens within its answer.
     """
 
     index: int
     ids: Sequence[int]
     max_new_tokens: int
     strip: bool = False
-    marks: frozenset[int] = frozenset()
+    marks: Marks = NO_MARKS
 
 
 @dataclass(frozen=True)
@@ -59,7 +75,7 @@ def make_request(
     max_new_tokens: int,
     context: int | None,
     strip: bool = False,
-    marks: frozenset[int] = frozenset(),
+    marks: Marks = NO_MARKS,
 ) -> Request:
     """A request that fits the model's context; the answer is cut shorter where it must be.
 
@@ -104,9 +120,12 @@ def closing_ids(tokenizer: Any, formatting: Formatting) -> set[int]:
     return formatter.find_call_ends() | ({closing} if closing is not None else set())
 
 
-def find_call_marks(tokenizer: Any, formatting: Formatting) -> frozenset[int]:
-    """The control tokens by which a call of a tool is told from other text, where answers may be calls."""
-    return frozenset(RowFormatter(formatting, encoder_of(tokenizer)).find_call_marks())
+def find_marks(tokenizer: Any, formatting: Formatting) -> Marks:
+    """How answers under a formatting are marked."""
+    encoder = encoder_of(tokenizer)
+    tokens, opening = RowFormatter(formatting, encoder).find_marks()
+    ids = tuple(token for run in encoder.encode_rows([opening])[0] for token in run) if opening else ()
+    return Marks(frozenset(tokens), ids)
 
 
 def not_a_number() -> ModelError:
@@ -148,7 +167,8 @@ class GrowingCompletion:
         self.finish: str | None = None
         self._ids: list[int] = []
         self.end_ids = end_ids
-        marks = set(request.marks)
+        self._opening: list[int] | None = [] if request.marks.opening else None  # of it so far; None behind it
+        marks = set(request.marks.tokens)
         if stop:  # a stop string may hold control tokens, and is found in what is written
             own = encoder_of(tokenizer).control_ids
             marks |= {token for text, token in own.items() if any(text in each for each in stop)}
@@ -167,7 +187,8 @@ class GrowingCompletion:
             self.finish = ENDED
         else:
             self._ids.append(token)
-            self._emit(self._stream.push(token))
+            for each in self._behind_opening(token):
+                self._emit(self._stream.push(each))
             if self._stream.stopped:
                 self.finish = STOPPED
             elif len(self._ids) >= self.request.max_new_tokens:
@@ -175,6 +196,17 @@ class GrowingCompletion:
         if self.finish is not None:
             self._emit(self._stream.finish())
         return self.finish is not None
+
+    def _behind_opening(self, token: int) -> Sequence[int]:
+        """Tokens to write now: none while the answer begins as `Marks.opening`, all so far where it turns out not to."""
+        if self._opening is None:
+            return (token,)
+        begun, opening = [*self._opening, token], self.request.marks.opening
+        if tuple(begun) != opening[: len(begun)]:
+            self._opening = None
+            return begun
+        self._opening = begun if len(begun) < len(opening) else None
+        return ()
 
     def _emit(self, piece: str) -> None:
         self._characters += len(piece)

@@ -15,7 +15,7 @@ import torch
 from qlora_cli.core.data.packing import collate
 from qlora_cli.core.device import free_memory
 from qlora_cli.core.engine.engine import Engine, set_aside
-from qlora_cli.core.generation.requests import GrowingCompletion, Request, find_end_ids, make_request
+from qlora_cli.core.generation.requests import GrowingCompletion, Request, find_end_ids, find_marks, make_request
 from qlora_cli.core.generation.session import GenerationSession
 from qlora_cli.core.prompts.formatting import Formatting, format_prompt
 from qlora_cli.core.training.rng_state import undisturbed_random_state
@@ -33,6 +33,7 @@ def make_requests(
     Raises:
         DataError: One has another form than the formatting needs, or leaves no room in the context.
     """
+    marks = find_marks(tokenizer, formatting)
     return {
         prompt: make_request(
             index,
@@ -40,6 +41,7 @@ def make_requests(
             max_new_tokens=LONGEST_ANSWER,
             context=context,
             strip=formatting.format in ("prompt", "chat"),
+            marks=marks,
         )
         for index, prompt in enumerate(dict.fromkeys(prompts))
     }

@@ -24,9 +24,10 @@ from qlora_cli.core.generation.hf_generate import answer_plainly
 from qlora_cli.core.generation.requests import (
     Completion,
     GrowingCompletion,
+    Marks,
     Request,
-    find_call_marks,
     find_end_ids,
+    find_marks,
     make_request,
 )
 from qlora_cli.core.models.files import ModelFiles, are_same_tokenizer, context_length, files_beside, has_tokenizer
@@ -103,7 +104,7 @@ class GenerationSession:
         self._names: dict[str, str] = {}  # of the loaded adapters in the model
         self._files: dict[str, ModelFiles] = {}  # by adapter, those with its tokenizer
         self._selected: str | None = None
-        self._marks: dict[str | None, frozenset[int]] = {}  # by adapter, of its answers that call tools
+        self._marks: dict[str | None, Marks] = {}  # by adapter
 
     # ------------------------------------------------------------ prompts to requests
 
@@ -169,7 +170,7 @@ class GenerationSession:
         if isinstance(prompt, str) and not prompt.strip() and not self.settings.raw:
             raise DataError("The prompt is empty.", "Type one, in quotes; --raw gives the model what is typed alone.")
         if adapter not in self._marks:
-            self._marks[adapter] = find_call_marks(self.tokenizer_of(adapter), formatting)
+            self._marks[adapter] = find_marks(self.tokenizer_of(adapter), formatting)
         return make_request(
             index,
             format_prompt(prompt, formatting, self.tokenizer_of(adapter)),
@@ -178,6 +179,14 @@ class GenerationSession:
             strip=formatting.format in ("prompt", "chat"),
             marks=self._marks[adapter],
         )
+
+    def without_thought(self, answer: str, adapter: str | None) -> str:
+        """An answer's text without the thought before it, where control tokens tell them apart."""
+        marks = self._marks.get(adapter)
+        if marks is None or not marks.opening:
+            return answer
+        opening = self.tokenizer_of(adapter).decode(marks.opening, skip_special_tokens=False)
+        return answer.rpartition(opening)[2]
 
     def end_ids(self, adapter: str | None) -> set[int]:
         """Tokens that end an answer to a prompt formatted for an adapter."""

@@ -113,13 +113,21 @@ class ChatFormatter:
         """Control tokens that end an answer which calls a tool."""
         return {self._encoder.control_ids[text] for text, is_control in self._render_call()[-1:] if is_control}
 
-    def find_call_marks(self) -> set[int]:
-        """Control tokens by which a call of a tool is told from an answer that is text."""
-        said: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text, call = (
-            {part for part in answer if part[1]} for answer in (self._render_answer(said), self._render_call())
-        )
-        return {self._encoder.control_ids[mark] for mark, _ in call - text}
+    def find_marks(self) -> tuple[set[int], list[Run]]:
+        """Control tokens that mark what in an answer is a thought or a call of a tool, and the runs with which an answer
+        begins that is neither, where control tokens are among them."""
+        asked: Message = {"role": "user", "content": "a"}
+        said: Message = {"role": "assistant", "content": "b"}
+        plain = self._render_answer([asked, said])
+        thinking = self._render_answer([asked, share_names({**said, "reasoning_content": "c"})])
+        marks = {text for text, is_control in (*thinking, *self._render_call()) if is_control}
+        last_text = max((i for i, (_, is_control) in enumerate(plain) if not is_control), default=0)
+        closing = {text for text, is_control in plain[last_text:] if is_control}
+        opening: list[Run] = [
+            (self._encoder.control_ids[text] if is_control else text, False) for text, is_control in plain[:last_text]
+        ]
+        is_marked = any(is_control for _, is_control in plain[:last_text]) and plain[last_text][0] == said["content"]
+        return {self._encoder.control_ids[text] for text in marks - closing}, opening if is_marked else []
 
     def _render_call(self) -> list[tuple[str, bool]]:
         function = {"name": "find", "description": "Find", "parameters": {"type": "object", "properties": {"a": {}}}}

@@ -190,9 +190,9 @@ class RowFormatter:
         """Control tokens that end an answer which calls a tool, where the chat template knows calls."""
         return self._chat.find_call_ends() if self.formatting.format == "chat" else set()
 
-    def find_call_marks(self) -> set[int]:
-        """Control tokens by which a call of a tool is told from an answer that is text, where the chat template knows calls."""
-        return self._chat.find_call_marks() if self.formatting.format == "chat" else set()
+    def find_marks(self) -> tuple[set[int], list[Run]]:
+        """Control tokens that mark thoughts and calls in answers, and with what others begin; see `ChatFormatter`."""
+        return self._chat.find_marks() if self.formatting.format == "chat" else (set(), [])
 
     def format_prompt(self, prompt: "str | Record | list[Record]") -> list[Run]:
         """The runs up to where the answer starts, BOS included.
