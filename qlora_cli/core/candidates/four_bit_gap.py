@@ -140,7 +140,7 @@ def measure_held_out(model: Any, files: ModelFiles, rows: RowSubset, vocabulary:
         reason = error.message.rstrip(".")
     else:
         if all(math.isfinite(loss) for loss in (gap.sixteen_bits or 0.0, gap.four_bits, gap.adapter or 0.0)):
-            report(Notice(f"On rows held out, with what was trained: {gap.describe()}."))
+            report(Notice(f"On rows held out: {gap.describe()}."))
             return gap
         reason = "a loss is not finite"
     finally:
