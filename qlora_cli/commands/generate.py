@@ -1,5 +1,6 @@
 """`qlora generate`: answers to prompts, streamed; to a file of prompts, written to a file; or a conversation."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -135,6 +136,9 @@ def open_session(config: GenerateConfig, report: Report) -> tuple[GenerateConfig
     """
     source = None
     report_idle(config, report)
+    for text in config.stop or ():
+        if re.search(r"\\[nrt](?![a-z])", text):
+            report(Caution(f"--stop {text} holds a backslash and a letter: bash takes $'\\n' for the end of a line."))
     if config.adapter is not None:
         directory = find_adapter(Path(config.adapter), report)
         source = read_adapter_record(directory, report)

@@ -253,6 +253,12 @@ def test_a_file_goes_on_when_the_hub_has_a_newer_commit_unless_a_revision_was_ty
     assert {row["settings"] for row in rows_of(target)} == {first_fingerprint("org/model", "v1", "nf4", seed=3)}
 
 
+def test_a_line_end_written_as_two_letters_in_a_stop_string_is_said(tiny_model):
+    for stop, said in (("\\n", True), ("\\n###", True), ("\n", False), ("\\nabla", False)):
+        _, events = ask(["a"], model=str(tiny_model("llama")), stop=(stop,), max_new_tokens=1)
+        assert any("backslash" in event.text for event in events if isinstance(event, Caution)) is said
+
+
 def test_answers_under_other_variables_of_the_template_are_not_mixed():
     def settings_of(*given):
         config = GenerateConfig(model="org/model", template_setting=given or None)
