@@ -343,10 +343,12 @@ def is_prepared(directory: Path) -> bool:
 
 def find_near(place: Path, name: str) -> Path | None:
     """The directory that was probably meant, of those with a file of this name: the one that a file lies in, or at most two
-    levels below a directory, as checkpoints and snapshots of a hub's cache lie, that of the last step, or the newest; None
-    where there is none, or several of which any may be meant."""
+    levels below a directory, as checkpoints and snapshots of a hub's cache lie, that of the last step, or the newest; or the
+    last checkpoint beside one that is no longer kept. None where there is none, or several of which any may be meant."""
     if place.is_file():
         return place.parent if (place.parent / name).is_file() else None
+    if place.parent.name == CHECKPOINTS and not place.exists():
+        place = place.parent
     found = [*place.glob(f"*/{name}"), *place.glob(f"*/*/{name}")]
 
     def step_of(path: Path) -> int:

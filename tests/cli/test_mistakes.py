@@ -317,6 +317,16 @@ def test_a_variable_that_is_no_setting_is_said(run_with, capsys, monkeypatch):
     assert "is no setting" not in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_is_no_longer_kept_is_told_from_the_last_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for step in (4, 12):
+        (tmp_path / f"out/checkpoints/step-{step:08}").mkdir(parents=True)
+        (tmp_path / f"out/checkpoints/step-{step:08}" / ADAPTER_CONFIG).write_text("{}")
+    for line in ("merge --adapter", "generate hi --adapter", "inspect"):
+        assert main([*line.split(), "out/checkpoints/step-00000002"]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].endswith(" out/checkpoints/step-00000012")
+
+
 def test_what_is_no_adapter_is_called_what_it_is(tmp_path):
     for name, file in (("rows of mine", PREPARED_MANIFEST), ("model", "config.json"), ("other", "notes.txt")):
         (tmp_path / name).mkdir()

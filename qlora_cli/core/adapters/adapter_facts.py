@@ -81,13 +81,13 @@ def way_to_a_place(name: str) -> str:
 def _no_adapter(directory: Path) -> AdapterError:
     """That there is none, and what is there instead."""
     way = "Train one with: qlora train, or give --adapter the right directory."
+    near = find_near(directory, ADAPTER_CONFIG)
+    meant = f"Type: --adapter {shlex.quote(str(near))}" if near else None
     if not directory.exists():
         if HUB_ID.fullmatch(str(directory)) and len(directory.parts) == 2:
             name = shlex.quote(directory.name)
             way += f" One of the hub is downloaded before: hf download {shlex.quote(str(directory))} --local-dir {name}"
-        return AdapterError(f"There is no adapter in {directory}: there is no such directory.", way)
-    near = find_near(directory, ADAPTER_CONFIG)
-    meant = f"Type: --adapter {shlex.quote(str(near))}" if near else None
+        return AdapterError(f"There is no adapter in {directory}: there is no such directory.", meant or way)
     if directory.is_file():
         found, way = "it is a file, and an adapter is a directory", meant or "Give --adapter the directory of a run."
     elif is_prepared(directory) or is_model(directory):
