@@ -126,7 +126,8 @@ def open_standard_descriptors() -> None:
             opened = open(descriptor, "r" if descriptor == 0 else "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             setattr(sys, name, opened)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
+        with contextlib.suppress(io.UnsupportedOperation):  # something has been read from it
+            sys.stdin.reconfigure(errors="surrogateescape")
 
 
 @contextlib.contextmanager
