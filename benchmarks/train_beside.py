@@ -53,7 +53,8 @@ class Contender:
     process: subprocess.Popen | None = field(default=None, init=False)
 
     def start(self) -> None:
-        """In a process group of its own."""
+        """In a process group of its own; steps that a run before left there are none of its own."""
+        self.steps.unlink(missing_ok=True)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 self.command, stdout=log, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True

@@ -22,6 +22,8 @@ ALIGNMENT = 16  # of both sides of a weight: what the products of tensor cores a
 # Sums within the tensor core keep some 14 bits (arXiv:2412.19437, section 3.3.2); promoted to fp32 every 128 values, the
 # product takes longer. See benchmarks/matmul.md for what both cost and change.
 FAST_SUMS = True
+MANY_ROWS = 512  # of which the library refuses no product
+_REFUSED: set[tuple] = set()  # shapes, dtypes and devices of products that it did
 
 
 def covers(weight: FrozenWeight) -> bool:
@@ -127,9 +129,16 @@ def _unpack(weight: FrozenWeight, first_row: int, end_row: int, *, transposed: b
 
 
 def scaled_product(
-    left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, out: Tensor, *, fast: bool = FAST_SUMS
+    left: Tensor,
+    left_scale: Tensor,
+    right: Tensor,
+    right_scale: Tensor,
+    out: Tensor,
+    bias: Tensor | None = None,
+    *,
+    fast: bool = FAST_SUMS,
 ) -> None:
-    """out = (left right^T) left_scale right_scale^T, by the card's 8-bit arithmetic, emulated on the CPU.
+    """out = (left right^T) left_scale right_scale^T + bias, by the card's 8-bit arithmetic, emulated on the CPU.
 
     Args:
         left: e4m3 (rows, inner), values of a row side by side.
@@ -137,23 +146,59 @@ def scaled_product(
         right: e4m3 (columns, inner), likewise.
         right_scale: fp32 (columns,).
         out: (rows, columns), bf16 on a card.
+        bias: (columns,) in the dtype of `out`; it joins before the result is rounded, where the library can do that.
         fast: Whether sums stay in the tensor core to their end.
     """
     if not left.is_cuda:
-        out.copy_((left.float() @ right.float().t()) * left_scale * right_scale)
+        product = (left.float() @ right.float().t()) * left_scale * right_scale
+        out.copy_(product if bias is None else product + bias)
         return
-    whole = out.is_contiguous()
-    result = torch._scaled_mm(
-        left,
-        right.t(),
-        scale_a=left_scale,
-        scale_b=right_scale[None],
-        out_dtype=out.dtype,
-        use_fast_accum=fast,
-        **({"out": out} if whole else {}),
-    )
-    if not whole:
+    result = _library_product(left, left_scale, right, right_scale, bias, out, fast=fast)
+    if result is not out:
         out.copy_(result)
+
+
+def _library_product(
+    left: Tensor,
+    left_scale: Tensor,
+    right: Tensor,
+    right_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    fast: bool,
+) -> Tensor:
+    """What `scaled_product` wants, in `out` where that is contiguous. A product that the library refuses is made of others: the
+    bias behind it, or of more rows.
+
+    It has no kernel for some of few rows whose sum is long: cuBLAS 13 for none with a bias at up to 32 rows and 9,216 values and
+    more, other versions without a bias too (https://github.com/pytorch/ao/issues/4582).
+    """
+    rows, case = left.shape[0], (*left.shape, *out.shape, out.dtype, out.device, bias is None)
+    if case not in _REFUSED:
+        try:
+            return torch._scaled_mm(
+                left,
+                right.t(),
+                scale_a=left_scale,
+                scale_b=right_scale[None],
+                bias=bias,
+                out_dtype=out.dtype,
+                use_fast_accum=fast,
+                **({"out": out} if out.is_contiguous() else {}),
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            if bias is None and rows >= MANY_ROWS:
+                raise
+            _REFUSED.add(case)
+    if bias is not None:
+        return _library_product(left, left_scale, right, right_scale, None, out, fast=fast).add_(bias)
+    beside = MANY_ROWS - rows
+    codes = torch.cat([left.view(torch.uint8), left.new_zeros((beside, left.shape[1]), dtype=torch.uint8)])
+    more, scales = out.new_empty(MANY_ROWS, out.shape[1]), torch.cat([left_scale, left_scale.new_ones(beside, 1)])
+    return _library_product(codes.view(left.dtype), scales, right, right_scale, None, more, fast=fast)[:rows]
 
 
 def multiply(
@@ -162,8 +207,9 @@ def multiply(
     out: Tensor,
     workspace_bytes: int | None,
     quantised: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
 ) -> None:
-    """out = x W^T in 8 bits.
+    """out = x W^T + bias in 8 bits.
 
     Args:
         x: (rows, in).
@@ -171,12 +217,14 @@ def multiply(
         out: (rows, out) in the compute dtype.
         workspace_bytes: Most bytes of codes made at once; None for a whole weight.
         quantised: Of `quantise_rows(x)`, where that is there already.
+        bias: (out,) in the compute dtype, or None.
     """
     assert weight.row_scale is not None
     codes, scale = quantise_rows(x) if quantised is None else quantised
     for first, end in code_slices(weight, weight.codes, workspace_bytes):
         values = _unpack(weight, first, end, transposed=False) if weight.codes is None else weight.codes
-        scaled_product(codes, scale, values, weight.row_scale[first:end], out[:, first:end])
+        part = None if bias is None else bias[first:end]
+        scaled_product(codes, scale, values, weight.row_scale[first:end], out[:, first:end], part)
         del values
 
 

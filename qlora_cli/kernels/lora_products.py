@@ -128,9 +128,7 @@ def forward(
     flat, flat_y = x.reshape(-1, weight.columns), y.view(-1, weight.rows)
     row_slices = weight.row_slices(workspace_bytes, x.element_size())
     if weight.row_scale is not None:
-        float8.multiply(flat, weight, flat_y, workspace_bytes, quantised)
-        if bias is not None:
-            flat_y += bias
+        float8.multiply(flat, weight, flat_y, workspace_bytes, quantised, bias)
     elif len(row_slices) == 1 and bias is not None:
         torch.addmm(bias, flat, weight.values(x.dtype).t(), out=flat_y)  # the bias joins inside the GEMM
     else:

@@ -91,6 +91,20 @@ def test_products_on_the_card_match_the_emulated_ones(tokens):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no products in 8 bits")
+@pytest.mark.parametrize("tokens", [1, 17, 67, 600])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_on_the_card_is_added_to_the_product(tokens, dtype):
+    """Of sums so long that the library has no kernel with a bias for few rows; of resident codes, and of parts of the rows."""
+    weight, _ = quantise((1536, 9216), device=DEVICE)
+    x, bias = torch.randn(tokens, 9216, device=DEVICE, dtype=dtype), torch.randn(1536, device=DEVICE, dtype=dtype) * 5
+    for resident in (True, False):
+        scaled, expected, out = float8.with_codes(weight, resident=resident), *x.new_empty(2, tokens, 1536).unbind()
+        float8.multiply(x, scaled, expected, None)
+        float8.multiply(x, scaled, out, 2**22, bias=bias)
+        assert relative(out, expected.double() + bias) < 4e-3
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no products in 8 bits")
 def test_products_on_the_card_of_joined_weights_and_their_parts():
     """Whose codes for the gradient lie within larger rows."""
     weights = [float8.with_codes(quantise((n, 512), device=DEVICE)[0], resident=True) for n in (1024, 256, 256)]

@@ -54,4 +54,5 @@ def test_never_more_than_a_chunk_of_logits():
 
 def test_chunks_are_whole_tiles_and_never_empty():
     assert chunk_tokens(32000, 2) == 1024
-    assert chunk_tokens(10**9, 4) == 256
+    assert chunk_tokens(10**9, 4) == chunk_tokens(10**9, 4, wide=True) == 256
+    assert chunk_tokens(128256, 2) == 256 and chunk_tokens(128256, 2, wide=True) == 2048

@@ -53,6 +53,56 @@ def test_codes_give_the_same_numbers_however_they_are_held(case, way):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 if way == "sliced" else 0)
 
 
+@pytest.mark.parametrize("workspace_bytes", [None, 128 * 128])
+def test_a_bias_joins_before_the_product_is_rounded(case, workspace_bytes):
+    """In bf16, whose rounding the two ways differ by; also where codes are made of some rows at a time."""
+    weight, _, x, *_ = case
+    bias = torch.linspace(-3, 3, 192).bfloat16()
+    scaled, exact, out = (
+        float8.with_codes(weight, resident=False),
+        torch.empty(40, 192),
+        torch.empty(40, 192).bfloat16(),
+    )
+    float8.multiply(x.bfloat16(), scaled, exact, None)
+    float8.multiply(x.bfloat16(), scaled, out, workspace_bytes, bias=bias)
+    torch.testing.assert_close(out, (exact + bias).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("rows", "refuses"), [(5, "bias"), (5, "few rows"), (600, "bias"), (5, "nothing")])
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_product_that_the_library_refuses_is_made_of_others(rows, refuses, apart, monkeypatch):
+    """Once tried, it is not tried again; what runs out of memory, or is refused for ever, is raised."""
+    torch.manual_seed(0)
+    calls, bias = [], torch.randn(32)
+
+    def library(left, right, scale_a, scale_b, bias, out_dtype, use_fast_accum, out=None):
+        calls.append((len(left), bias is not None))
+        if (refuses == "bias" and bias is not None) or (refuses == "few rows" and len(left) < 300):
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+        found = (left.float() @ right.float()) * scale_a * scale_b + (0 if bias is None else bias)
+        return found if out is None else out.copy_(found)
+
+    monkeypatch.setattr(torch, "_scaled_mm", library)
+    monkeypatch.setattr(float8, "_REFUSED", set())
+    (left, left_scale), (right, right_scale) = (float8.quantise_rows(torch.randn(n, 64)) for n in (rows, 32))
+    given = left, left_scale, right, right_scale.squeeze(1)
+    out, expected = torch.full((rows, 64), torch.nan)[:, ::2] if apart else torch.empty(rows, 32), torch.empty(rows, 32)
+    float8.scaled_product(*given, expected, bias)
+    for _ in range(2):
+        torch.testing.assert_close(float8._library_product(*given, bias, out, fast=True), expected)
+    whole, many = (rows, True), (float8.MANY_ROWS, False)
+    tried = {"bias": [whole, (rows, False), (rows, False)], "few rows": [whole, (rows, False), many, many]}
+    assert calls == tried.get(refuses, [whole, whole])
+
+    def raising(*_, **__):
+        raise (torch.OutOfMemoryError if rows == 5 else RuntimeError)("not today")
+
+    monkeypatch.setattr(torch, "_scaled_mm", raising)
+    monkeypatch.setattr(float8, "_REFUSED", set())
+    with pytest.raises(RuntimeError, match="not today"):
+        float8._library_product(*given, bias, out, fast=True)
+
+
 def test_joined_layers_give_what_each_gives_and_the_sum_of_their_gradients():
     """Of unlike widths, ranks and sizes of gradients; adapters' gradients have no rounding."""
     torch.manual_seed(0)

@@ -133,6 +133,19 @@ def test_recomputing_and_offloading_save_what_is_kept(name):
     assert saved == pytest.approx((LAYERS[name] - 2) * hidden_bytes * 1.01, rel=0.3)
 
 
+@pytest.mark.parametrize("tokens", [600, 16384])
+def test_the_loss_holds_more_logits_beside_resident_weights_on_a_card_alone(tokens):
+    model_profile, step = profile_of("gpt_neox"), ResolvedStep(tokens, 300, "adamw")
+    for on_cuda, wide in ((True, min(tokens, 5248)), (False, min(tokens, 640))):
+        packed, resident = (
+            estimate_training(model_profile, with_measures(replace(step, on_cuda=on_cuda), resident_weights=way))
+            for way in (False, True)
+        )
+        assert packed.moment == resident.moment == "loss"
+        assert resident.working_bytes - packed.working_bytes == (wide - min(tokens, 640)) * 50304 * 2
+        assert resident.resident_bytes - packed.resident_bytes == model_profile.dense_bytes
+
+
 def test_products_in_8_bits_hold_the_codes_of_the_widest_rows():
     model_profile, step = profile_of("llama"), ResolvedStep(16384, 2048, "adamw")
     eight = replace(step, in_8_bits=True)
@@ -336,7 +349,7 @@ def test_adapters_of_experts_are_not_copied_and_a_token_meets_some_of_them():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("measure", ["kept", "recomputed", "offloaded"])
+@pytest.mark.parametrize("measure", ["kept", "resident", "recomputed", "offloaded"])
 def test_the_card_takes_what_was_predicted(tmp_path, measure):
     import numpy as np
 
@@ -361,10 +374,10 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
     )
     model = attach_adapter(base, LoraSettings(rank=16, alpha=16)).train()
     options = {
-        "gradient_checkpointing": "off" if measure == "kept" else "on",
+        "gradient_checkpointing": "off" if measure in ("kept", "resident") else "on",
         "offload_activations": measure == "offloaded",
         "offload_embeddings": measure == "offloaded",
-        "resident_weights": False,
+        "resident_weights": measure == "resident",
     }
     engine = install_engine(
         model,
@@ -395,7 +408,8 @@ def test_the_card_takes_what_was_predicted(tmp_path, measure):
         row_tokens=row_tokens,
         optimizer="adamw",
         measures=MemoryPlan(
-            recomputed=0 if measure == "kept" else LAYERS["llama"],
+            recomputed=0 if options["gradient_checkpointing"] == "off" else LAYERS["llama"],
+            resident_weights=options["resident_weights"],
             offload_activations=options["offload_activations"],
             offload_embeddings=options["offload_embeddings"],
         ),

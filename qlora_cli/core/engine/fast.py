@@ -376,7 +376,7 @@ class FastEngine:
             return nn.functional.cross_entropy(logits.float(), trained[1], reduction="sum")
         hidden = self.decoder(inputs_embeds=embedded, use_cache=False, **inputs).last_hidden_state.flatten(0, 1)
         # Not indexing: its backward pass sorts. No place comes twice but those that count nothing.
-        return self.head.loss(hidden.index_select(0, trained[0]), trained[1])
+        return self.head.loss(hidden.index_select(0, trained[0]), trained[1], self.plan.resident_weights)
 
     def describe(self) -> str:
         """See `Engine.describe`."""

@@ -39,8 +39,11 @@ class Head:
         logits = self.module(hidden) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats summed over `targets` (tokens,), for hidden (tokens, size): an fp32 scalar."""
+    def loss(self, hidden: Tensor, targets: Tensor, wide: bool = False) -> Tensor:
+        """Cross-entropy in nats summed over `targets` (tokens,), for hidden (tokens, size): an fp32 scalar.
+
+        `wide` has a frozen head on a card take more tokens at once: see `chunk_tokens`.
+        """
         if self.frozen:
             with gathered(self.module):
                 weight = self.module.weight
@@ -51,6 +54,7 @@ class Head:
                     targets,
                     logit_scale=self.logit_scale,
                     softcap=self.softcap,
+                    chunk=chunk_tokens(weight.shape[0], weight.element_size(), wide=wide and weight.is_cuda),
                 )
         # A trained head: chunks as well, but through autograd, each made again in the backward pass.
         size = chunk_tokens(self.module.weight.shape[0], hidden.element_size())

@@ -15,7 +15,7 @@ import torch
 from qlora_cli.core.device import LayerSeconds, read_free_bytes
 from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.errors import UsageError
-from qlora_cli.kernels.cross_entropy import CHUNK_BYTES
+from qlora_cli.kernels.cross_entropy import CHUNK_BYTES, WIDE_CHUNK_BYTES
 from qlora_cli.settings.groups import StepSettings
 
 # For what is not measured: libraries' workspaces, fragmentation, the optimizer's temporary values, a compiled layer's
@@ -128,6 +128,7 @@ class MemoryPlan:
             waiting += beside + int(SMALL_SHARE * self.sent * kept)
         # Of long rows the embeddings and the norm's output count too: a card ran out at the head by one hidden state.
         head = (6 if self.tile_tokens else 4) * needs.hidden_bytes + 2 * CHUNK_BYTES
+        head += WIDE_CHUNK_BYTES * self.resident_weights
         # Highest at the head or its neighbour, where all that is kept is there, in a layer that is recomputed, which keeps
         # normalised inputs that a compiled one makes again, or in one whose tensors came back, while others' travel.
         peaks = [waiting + whole * kept + max(head, peak - kept if whole else 0)]

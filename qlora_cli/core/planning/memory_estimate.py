@@ -23,6 +23,7 @@ from qlora_cli.core.streaming.ring import SLOTS
 from qlora_cli.core.streaming.streamed_base import evenly
 from qlora_cli.core.training.flat_parameters import ALIGNMENT_ELEMENTS
 from qlora_cli.core.training.optimizer import allocated_state_bytes, state_bytes, waiting_bytes
+from qlora_cli.kernels.cross_entropy import chunk_tokens
 
 # What PyTorch's allocator counts beyond what was asked for: it cuts blocks in steps of 512 bytes and leaves up to 1 MiB
 # of a large one unused (c10/cuda/CUDACachingAllocator.cpp, should_split). Measured: 0.3 % on models of 4 to 39 GB.
@@ -230,7 +231,11 @@ def _moments(
         else:
             below += held
     logits_bytes = step.part_tokens * trace.vocabulary * itemsize  # of which the loss holds a chunk at a time
-    yield "loss", below + in_transit, trace.tail.bytes(*size, logits_bytes)
+    tail = trace.tail.bytes(*size, logits_bytes)
+    if step.on_cuda and step.measures.resident_weights:
+        narrow, wide = (chunk_tokens(trace.vocabulary, itemsize, wide=way) for way in (False, True))
+        tail += (min(step.part_tokens, wide) - min(step.part_tokens, narrow)) * trace.vocabulary * itemsize
+    yield "loss", below + in_transit, tail
 
 
 def _code_bytes(profile: ModelProfile, step: ResolvedStep) -> int:
