@@ -202,8 +202,10 @@ def export_gguf(directory: Path, record: dict[str, Any], kind: str, report: Repo
     tokenizer = AutoTokenizer.from_pretrained(directory)
     formatting = record.get("formatting")
     trained = Formatting.from_dict(formatting) if formatting else default_formatting(tokenizer)
+    longest = (record.get("data") or {}).get("max_length")  # not there in records of before
     try:
-        (directory / MODELFILE).write_text(write_modelfile(trained, tokenizer), encoding="utf-8")
+        text = write_modelfile(trained, tokenizer, longest if isinstance(longest, int) else 0)
+        (directory / MODELFILE).write_text(text, encoding="utf-8")
     except DataError as error:  # a template of several columns: Ollama gives one prompt
         report(Caution(f"No {MODELFILE} is written: {error.message.rstrip('.')}."))
     return written

@@ -217,6 +217,8 @@ def test_the_modelfile_has_the_trained_format_and_its_stop_marks():
     text = write_modelfile(chat_formatting(CHAT), tokenizer)
     assert text.startswith("FROM ./model.gguf\nTEMPLATE")
     assert text.endswith("PARAMETER repeat_penalty 1.0\n"), "sampled otherwise than by generate"
+    assert write_modelfile(chat_formatting(CHAT), tokenizer, 4096) == text
+    assert write_modelfile(chat_formatting(CHAT), tokenizer, 16384) == text + "PARAMETER num_ctx 16384\n"
     assert 'PARAMETER stop "<|im_end|>"' in text and 'PARAMETER stop "<|endoftext|>"' in text
     assert template_for(chat_formatting(CHAT), tokenizer) == (
         "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n{{ .Prompt }}<|im_end|>\n"
@@ -227,7 +229,9 @@ def test_the_modelfile_has_the_trained_format_and_its_stop_marks():
     assert template_for(asked, tokenizer).startswith("Question: {{ .Prompt }}\nAnswer:")
 
 
-def test_a_template_of_several_columns_has_no_modelfile_which_is_said(tmp_path, monkeypatch):
+def test_a_template_of_several_columns_has_no_modelfile_which_is_said_and_others_have_one_for_rows_as_trained(
+    tmp_path, monkeypatch
+):
     """Ollama gives one prompt; the merge is kept."""
     monkeypatch.setattr("qlora_cli.commands.merge.write_gguf", lambda *_: GgufFile("model.gguf", 1, None))
     make_tokenizer().save_pretrained(tmp_path)
@@ -235,3 +239,7 @@ def test_a_template_of_several_columns_has_no_modelfile_which_is_said(tmp_path, 
     events: list = []
     assert export_gguf(tmp_path, {"formatting": asked.to_dict()}, "f16", events.append).name == "model.gguf"
     assert "No Modelfile is written" in events[-1].text and not (tmp_path / "Modelfile").exists()
+    asked = Formatting(format="prompt", prompt_column="q", completion_column="a", template="{q}: {a}")
+    for length, found in ((8192, True), (2048, False), (None, False), ("8192", False)):
+        export_gguf(tmp_path, {"formatting": asked.to_dict(), "data": {"max_length": length}}, "f16", events.append)
+        assert ("PARAMETER num_ctx 8192" in (tmp_path / "Modelfile").read_text()) == found

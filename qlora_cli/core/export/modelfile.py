@@ -11,16 +11,20 @@ from qlora_cli.core.prompts.formatting import Formatting, format_prompt
 from qlora_cli.errors import DataError
 
 MODELFILE = "Modelfile"
+LEAST_CONTEXT = (
+    4096  # tokens that Ollama reads unasked, or more on larger cards; what goes before them is cut off in silence
+)
 PROMPT, SYSTEM = "qloraPromptHere", "qloraSystemHere"
 
 
-def write_modelfile(formatting: Formatting, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a Modelfile beside `model.gguf`."""
+def write_modelfile(formatting: Formatting, tokenizer: PreTrainedTokenizerBase, max_length: int = 0) -> str:
+    """The text of a Modelfile beside `model.gguf`, of a model that was trained on rows of so many tokens at most."""
     stops = dict.fromkeys(text for text in (tokenizer.eos_token, *_closing(formatting, tokenizer)) if text)
     lines = [f"FROM ./{FILE}", f'TEMPLATE """{template_for(formatting, tokenizer)}"""']
     lines += [f'PARAMETER stop "{_quoted(stop)}"' for stop in stops]
     # As `qlora generate` samples; a penalty of 1.1, which Ollama had by default, spoils code and JSON.
     lines += ["PARAMETER temperature 0.7", "PARAMETER top_p 0.95", "PARAMETER repeat_penalty 1.0"]
+    lines += [f"PARAMETER num_ctx {max_length}"] if max_length > LEAST_CONTEXT else []
     return "\n".join(lines) + "\n"
 
 

@@ -123,12 +123,12 @@ def write_run(
 def write_record(directory: Path, base: BaseIdentity, rows: PreparedRows, **more: Any) -> None:
     """Writes what has to be known to use the adapter in a directory beside it: its base, how that was held, how prompts
     were formatted."""
-    data, digest = rows.manifest["data"], rows.manifest["rows_sha256"]
+    data = {**rows.manifest["data"], **{name: rows.manifest[name] for name in ("max_length", "rows_sha256")}}
     record = {
         "format": FORMAT,
         "qlora_version": __version__,
         "base": asdict(base),
-        "data": {**data, "prepared": str(rows.directory.absolute()), "rows_sha256": digest},
+        "data": {**data, "prepared": str(rows.directory.absolute())},
         "formatting": rows.manifest["formatting"],
         "adapter_config_sha256": settings_digest(directory),
         **more,
