@@ -89,6 +89,7 @@ def test_a_settings_file_is_held_to_the_same_ranges(tmp_path):
         (MergeConfig(gguf_type="q8_0"), ["--gguf-type does nothing without --format gguf."]),
         (MergeConfig(gguf_type="q8_0", format="gguf", min_kept=0.5, quantize=True, push="o/n", public=True), []),
         (MergeConfig(public=True), ["--public does nothing without --push."]),
+        (GenerateConfig(temperature=0.0, top_p=0.5), ["--top-p does nothing with --temperature 0."]),
     ],
 )
 def test_a_setting_that_does_nothing_beside_the_others_is_said(config, said):

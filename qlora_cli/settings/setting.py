@@ -115,8 +115,9 @@ def describe_idle(option: Field, config: Any) -> str | None:
     name, _, value = (option.metadata["needs"] or "").partition("=")
     if not name or (str(getattr(config, name)) == value if value else getattr(config, name)):
         return None
-    needed = f"--{name.replace('_', '-')} {value}".strip()
-    return f"{flag_of(option).split('/')[0]} does nothing without {needed}."
+    flag, given = f"--{name.replace('_', '-')}", getattr(config, name)
+    needed = f"with {flag} {given:g}" if type(given) in (int, float) else f"without {flag} {value}".strip()
+    return f"{flag_of(option).split('/')[0]} does nothing {needed}."
 
 
 def fault_of(option: Field, value: Any) -> tuple[str, str] | None:
