@@ -25,6 +25,7 @@ from qlora_cli.core.planning.recommendations import (
 )
 from qlora_cli.core.planning.run_plan import profile_run
 from qlora_cli.core.prompts.encoder import encoder_of
+from qlora_cli.core.training.lr_schedule import advise_on_rate
 from qlora_cli.core.training.trainer import TrainingData
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import DataError
@@ -171,9 +172,10 @@ def deal_rows(
 
 def _settle(config: TrainConfig, profile: ModelProfile, rows: PreparedRows, report: Report) -> TrainConfig:
     """The configuration with the learning rate and what is held out, as recommended where they were left open."""
-    rate, fraction, count = config.learning_rate, config.eval_fraction, config.eval_rows
-    if rate is None:
-        rate = recommended_learning_rate(profile.footprint.total_parameters)
+    usual = recommended_learning_rate(profile.footprint.total_parameters)
+    rate, fraction, count = config.learning_rate or usual, config.eval_fraction, config.eval_rows
+    if advice := advise_on_rate(rate, usual, config.optimizer):
+        report(Caution(advice))
     if fraction is None:
         fraction = 0.0
         if count is None and recommended_held_out_rows(len(rows)):
