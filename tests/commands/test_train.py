@@ -801,6 +801,34 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(options, monkeypat
     assert not Path(options["output"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ()),
+        ({"eval_every": 10}, ("--eval-every 10 is more than the run's 9 steps",)),
+        ({"keep_best": True, "patience": 1}, ()),
+        (
+            {"keep_best": True, "eval_every": 9},
+            ("--keep-best does nothing: it takes 1 evaluation before", "--eval-every 8"),
+        ),
+        (
+            {"patience": 2},
+            ("--patience does nothing: it takes 3 evaluations", "the run has 2. --eval-every 2 makes more"),
+        ),
+        ({"patience": 8, "eval_every": 1}, ("--patience does nothing: it takes 9 evaluations",)),
+        ({"sample_prompt": ("Why?",), "sample_every": 10}, ("--sample-every 10 is more than the run's 9 steps",)),
+        ({"warmup_steps": 9}, ("The warm-up takes all of the run's 9 steps",)),
+        ({"warmup_ratio": 1.0}, ("The warm-up takes all of the run's 9 steps",)),
+        ({"learning_rate": 0.3}, ("--learning-rate 0.3 is far from the 0.0002",)),
+    ],
+)
+def test_what_a_run_s_steps_do_not_come_to_is_said_before_it_begins(options, changes, said):
+    events: list = []
+    run(options, events, **changes, dry_run=True)
+    cautions = [e.text for e in events if isinstance(e, Caution)]
+    assert len(cautions) == bool(said) and all(each in cautions[0] for each in said)
+
+
 def test_a_dry_run_needs_no_weights_and_says_whether_a_card_suffices(options, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(options["model"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
