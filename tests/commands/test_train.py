@@ -564,6 +564,12 @@ def test_allowed_changes_are_said_and_an_optimizer_that_does_not_fit_starts_fres
 
 
 @pytest.mark.slow  # tests/faults/test_damage.py has one
+def test_where_no_step_is_left_nothing_is_said_of_the_next_one_s_rate(interrupted):
+    events: list = []
+    assert run(interrupted, events, resume=True, allow_changes=True, max_steps=4).steps == 5
+    assert not [e for e in events if isinstance(e, Caution) and "learning rate" in e.text]
+
+
 def test_damaged_checkpoints_are_named_and_the_older_used(interrupted):
     root = Path(interrupted["output"]) / CHECKPOINTS
     assert [path.name for path in list_checkpoints(root)] == ["step-00000004", "step-00000005"]
@@ -610,6 +616,30 @@ def test_keep_best_keeps_the_adapter_of_the_lowest_evaluation_loss(options, monk
     assert weights(output) != weights(checkpoint_path(output / CHECKPOINTS, 3))
     assert result.eval_loss == losses[result.best_step], "the figures are of the adapter that is kept"
     assert result.gap["adapter"] == pytest.approx(result.eval_loss, abs=1e-4)
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience_and_not_without(options):
+    changes = WORSENING | {"max_steps": 6, "patience": 1}
+    first = run(options, **changes)
+    assert first.stopped_early and first.steps < 6
+    assert run(options, **changes, resume=True) == first
+    with pytest.raises(CheckpointError, match="stopped early, after 1 evaluation without") as caught:
+        run(options, **changes | {"max_steps": 8}, resume=True, allow_changes=True)
+    assert "--patience 2" in caught.value.hint
+    again = run(options, **changes | {"patience": 9}, resume=True, allow_changes=True)
+    assert again.steps == 6 and not again.stopped_early
+
+
+def test_patience_that_ends_with_the_last_step_is_no_early_stop(options):
+    assert not run(options, **WORSENING | {"patience": 1}).stopped_early
+
+
+def test_losses_of_other_rows_held_out_are_compared_with_none_of_before(options):
+    assert run(options, **WORSENING).best_step < 3
+    events: list = []
+    result = run(options, events, **WORSENING | {"max_steps": 4, "eval_rows": 12}, resume=True, allow_changes=True)
+    assert result.best_step == 4
+    assert any("lowest loss starts anew" in e.text for e in events if isinstance(e, Caution))
 
 
 def test_a_damaged_best_checkpoint_is_said_and_the_last_adapter_kept(options):
