@@ -177,15 +177,19 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         started = time.perf_counter()
         trainer.run()
         result = describe_result(run, inputs, loaded.vram, trainer.state, time.perf_counter() - started)
+        best = find_best(run, result.best_step) if ranks.is_main else None
+        if best:
+            result = replace(result, eval_loss=result.best_eval_loss)
+            if loaded.weight_shards is None:
+                load_adapter_state(loaded.model, read_tensors(best, ADAPTER_WEIGHTS))
+        kept = best.step if best else result.steps
+        for event in samples.ask(kept) if sampled and kept != trainer.sampled_step else ():
+            logged(event)
         engine.close()
         if ranks.is_main:
-            if best := find_best(run, result.best_step):
-                result = replace(result, eval_loss=result.best_eval_loss)
             if loaded.weight_shards is None:
-                if best:
-                    load_adapter_state(loaded.model, read_tensors(best, ADAPTER_WEIGHTS))
-                rows, vocabulary = inputs.data.eval_rows, inputs.profile.vocabulary
-                held_out = measure_held_out(loaded.model, inputs.files, rows, vocabulary, run.report)
+                measured = inputs.files, inputs.data.eval_rows, inputs.profile.vocabulary
+                held_out = measure_held_out(loaded.model, *measured, run.report)
                 result = replace(result, gap=asdict(held_out) if held_out else None)
             with reporting_disk_full(run.output, decisions.checkpoint_bytes):
                 write_run(run, inputs, loaded.base, loaded.save_adapter, result, loaded.started, best)

@@ -618,6 +618,23 @@ def test_keep_best_keeps_the_adapter_of_the_lowest_evaluation_loss(options, monk
     assert result.gap["adapter"] == pytest.approx(result.eval_loss, abs=1e-4)
 
 
+def test_with_keep_best_the_last_samples_are_of_the_adapter_that_is_kept(options):
+    events: list = []
+    result = run(options, events, **WORSENING, sample_prompt=("What is 1 + 2?",))
+    samples = [event for event in events if isinstance(event, SampleAnswered)]
+    assert [event.step for event in samples] == [0, result.best_step] and result.best_step < result.steps
+    settings = GenerateConfig(
+        adapter=options["output"],
+        temperature=0,
+        repetition_penalty=1.0,
+        max_new_tokens=64,
+        engine="plain",
+        base_cache=False,
+    )
+    assert samples[-1].answer == generate(settings, ("What is 1 + 2?",), [].append).answers[0]["answer"]
+    assert [line["answer"] for line in metrics(Path(options["output"])) if "answer" in line][-1] == samples[-1].answer
+
+
 def test_a_run_that_stopped_early_goes_on_with_more_patience_and_not_without(options):
     changes = WORSENING | {"max_steps": 6, "patience": 1}
     first = run(options, **changes)

@@ -333,8 +333,9 @@ class Trainer:
             self.reporter.report(Notice(f"Stopped at step {state.step}: {vain} without a lower loss{best}."))
 
     def _ask_samples(self) -> None:
-        """Has the sample prompts answered where that is due; a signal comes first."""
-        step, at_end = self.state.step, self.state.step == self.sampler.total_steps or self.state.stopped_early
+        """Has the sample prompts answered where that is due; a signal comes first. At the end only where this adapter is kept."""
+        step, best = self.state.step, self.state.best_step if self.checkpointing.keep_best else None
+        at_end = (step == self.sampler.total_steps or self.state.stopped_early) and best in (None, step)
         due = step == 0 or at_end or (self.sample_every is not None and step % self.sample_every == 0)
         if self.ask_samples is None or not due or step == self.sampled_step or self.stop.signal_number is not None:
             return
