@@ -50,7 +50,7 @@ MISTAKES = {
     "train --vram 12": ("--vram is '12'.", "12GiB"),
     "train": ("No base model was named.", "--model"),
     "train -m m": ("Training takes rows from one place.", "--data"),
-    "train -m m -d d --keep-best": ("--keep-best needs rows", "--eval-fraction 0.1"),
+    "train -m m -d d --keep-best --eval-fraction 0": ("--keep-best needs rows", "--eval-fraction 0.1"),
     "train --early-stopping-patience 3": ("No such option: --early-stopping-patience", "--patience"),
     "train --load-best-model-at-end": ("No such option: --load-best-model-at-end", "--keep-best"),
     "train --shuffle": ("No such option: --shuffle", "--seed"),
@@ -196,7 +196,7 @@ def test_a_settings_file_is_named_for_what_it_says_and_not_for_what_is_typed(tin
     ("line", "content", "says"),
     [
         ("train", "data: rows.jsonl\nmodel: m\nprepared: rows\n", "data: rows.jsonl, prepared: rows"),
-        ("train --model m", "data: rows.jsonl\npatience: 3\n", "patience: 3"),
+        ("train --model m", "data: rows.jsonl\npatience: 3\neval_rows: 0\n", "patience: 3"),
         ("train --model m", "data: rows.jsonl\noutput: rows.jsonl\n", "output: rows.jsonl"),
         ("prepare --data rows.jsonl", "model: rows.jsonl\n", "model: rows.jsonl"),
         ("generate x", "adapter: empty\n", "adapter: empty"),

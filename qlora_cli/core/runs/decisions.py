@@ -31,6 +31,7 @@ from qlora_cli.events import Caution, Notice
 from qlora_cli.sizes import format_count
 
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
+OFTEN = 9  # evaluations before the last step, where more are proposed
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def describe_unreached(config: TrainConfig, inputs: RunInputs, warmup_steps: int
     for flag, needed in (("--keep-best", int(config.keep_best)), ("--patience", (config.patience or -1) + 1)):
         found = len(list(islice(sampler.evaluated_steps(config.eval_every), needed)))
         if found < needed:
-            often = (total_steps - 1) // needed
+            often = (total_steps - 1) // max(needed, OFTEN) or (total_steps - 1) // needed
             way = f" --eval-every {often} makes more." if often else ""
             takes = (
                 f"it takes {format_count(needed, 'evaluation')} before the last step, and the run has {found or 'none'}"
