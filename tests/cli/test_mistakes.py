@@ -196,7 +196,7 @@ def test_a_settings_file_is_named_for_what_it_says_and_not_for_what_is_typed(tin
     ("line", "content", "says"),
     [
         ("train", "data: rows.jsonl\nmodel: m\nprepared: rows\n", "data: rows.jsonl, prepared: rows"),
-        ("train --model m", "data: rows.jsonl\npatience: 3\neval_rows: 0\n", "patience: 3"),
+        ("train --model m", "data: rows.jsonl\npatience: 3\neval_rows: 0\n", "eval_rows: 0, patience: 3"),
         ("train --model m", "data: rows.jsonl\noutput: rows.jsonl\n", "output: rows.jsonl"),
         ("prepare --data rows.jsonl", "model: rows.jsonl\n", "model: rows.jsonl"),
         ("generate x", "adapter: empty\n", "adapter: empty"),
