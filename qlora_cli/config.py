@@ -167,7 +167,13 @@ class TrainConfig(ModelSettings, DataSettings, LoraSettings, QuantizationSetting
     patience: int | None = setting(
         None, "Stop after N evaluations without a better loss.", panel=EVALUATION, range=Numbers(1, 10**9), resume=SAME
     )
-    seed: int = setting(42, "Seed of initialisation, order and dropout.", panel=RUN, range=SEED, resume=SAME)
+    seed: int = setting(
+        42,
+        "Seed of initialisation, order, dropout, and of which rows are held out.",
+        panel=RUN,
+        range=SEED,
+        resume=SAME,
+    )
     report_to: str | None = setting(
         None, "Also log to this tracker.", panel=RUN, choices=("tensorboard", "wandb", "mlflow", "trackio"), resume=FREE
     )

@@ -50,9 +50,9 @@ from qlora_cli.core.training.accumulation import ModelReplica
 from qlora_cli.core.training.flat_parameters import TrainableParameters
 from qlora_cli.core.training.lr_schedule import learning_rate_schedule
 from qlora_cli.core.training.optimizer import allocated_state_bytes, build_optimizer
-from qlora_cli.core.training.progress import TrainerState, read_trainer_state
+from qlora_cli.core.training.progress import TrainerState
 from qlora_cli.core.training.reporting import RunReporter
-from qlora_cli.core.training.resume import find_shared_checkpoint, report_rate, restore_or_seed
+from qlora_cli.core.training.resume import find_shared_checkpoint, report_rate, restore_or_seed, state_to_go_on_from
 from qlora_cli.core.training.state import Checkpointing, load_optimizer
 from qlora_cli.core.training.trainer import Optimization, Trainer
 from qlora_cli.errors import CheckpointError
@@ -177,15 +177,19 @@ def train(config: TrainConfig, report: Report) -> TrainResult | TrainPlan:
         started = time.perf_counter()
         trainer.run()
         result = describe_result(run, inputs, loaded.vram, trainer.state, time.perf_counter() - started)
+        best = find_best(run, result.best_step) if ranks.is_main else None
+        if best:
+            result = replace(result, eval_loss=result.best_eval_loss)
+            if loaded.weight_shards is None:
+                load_adapter_state(loaded.model, read_tensors(best, ADAPTER_WEIGHTS))
+        kept = best.step if best else result.steps
+        for event in samples.ask(kept) if sampled and kept != trainer.sampled_step else ():
+            logged(event)
         engine.close()
         if ranks.is_main:
-            if best := find_best(run, result.best_step):
-                result = replace(result, eval_loss=result.best_eval_loss)
             if loaded.weight_shards is None:
-                if best:
-                    load_adapter_state(loaded.model, read_tensors(best, ADAPTER_WEIGHTS))
-                rows, vocabulary = inputs.data.eval_rows, inputs.profile.vocabulary
-                held_out = measure_held_out(loaded.model, inputs.files, rows, vocabulary, run.report)
+                measured = inputs.files, inputs.data.eval_rows, inputs.profile.vocabulary
+                held_out = measure_held_out(loaded.model, *measured, run.report)
                 result = replace(result, gap=asdict(held_out) if held_out else None)
             with reporting_disk_full(run.output, decisions.checkpoint_bytes):
                 write_run(run, inputs, loaded.base, loaded.save_adapter, result, loaded.started, best)
@@ -317,14 +321,14 @@ def find_start(run: Run, inputs: RunInputs, decisions: Decisions) -> StartingPoi
             device=run.device,
             report=run.report,
         )
-    state = read_trainer_state(checkpoint) if checkpoint else TrainerState()
+    state = state_to_go_on_from(checkpoint, identity, config.patience, run.report)
     limits = [state.micro_batch_limit_tokens, decisions.memory.limit_tokens]
     state.micro_batch_limit_tokens = min((limit for limit in limits if limit is not None), default=None)
     return StartingPoint(identity, checkpoint, state)
 
 
 def is_complete(run: Run, inputs: RunInputs, decisions: Decisions, ended: TrainResult) -> bool:
-    """Whether the steps asked for are those that a run has ended with, so that nothing is left to do.
+    """Whether a run has ended with the steps asked for, or the patience, so that nothing is left to do.
 
     Raises:
         CheckpointError: It was another run; or more steps are asked for, and its checkpoints are gone.
@@ -338,8 +342,11 @@ def is_complete(run: Run, inputs: RunInputs, decisions: Decisions, ended: TrainR
             f"The run in {run.output} ended after step {ended.steps:,}, and has no checkpoint to go on from.",
             "Choose another --output, or start anew with --overwrite.",
         )
-    if saved and (checkpoint := find_start(replace(run, report=report_nothing), inputs, decisions).checkpoint):
-        checkpoint.close()
+    start = find_start(replace(run, report=report_nothing), inputs, decisions) if saved else None
+    if start is not None and start.checkpoint:
+        start.checkpoint.close()
+        if ended.stopped_early and not start.state.stopped_early:
+            return False
     read_adapter(run.output)
     require_unchanged(run.output, run.report)
     run.report(Notice(f"The run in {run.output} has ended, after step {ended.steps:,}: nothing is left to do."))
@@ -381,7 +388,7 @@ def start_optimization(
     )
     if checkpoint:
         checkpoint.close()
-        if config.allow_changes:
+        if config.allow_changes and checkpoint.step < inputs.data.sampler.total_steps:
             report_rate(run.output, checkpoint.step, rate(checkpoint.step + 1), run.report)
     return Optimization(
         parameters=parameters,

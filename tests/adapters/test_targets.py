@@ -201,6 +201,13 @@ def test_ranks_and_alphas_of_their_own_are_peft_patterns(llama, tmp_path):
     assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["r"] == 4
 
 
+@pytest.mark.parametrize("items", [("q_proj=2", "layers.1.self_attn.q_proj=16"), ("q_proj=2", "q_proj=4")])
+def test_a_rank_that_those_before_it_leave_no_module_is_refused_with_the_order_that_works(llama, items):
+    with pytest.raises(AdapterError, match=f"{items[1]} does nothing: q_proj=2 gives") as caught:
+        attach_adapter(build(llama.config), LoraSettings(rank_pattern=items))
+    assert caught.value.hint.endswith(f"--rank-pattern {items[1]},{items[0]}")
+
+
 def test_many_targets_of_a_multimodal_model_stay_those_of_its_language_model(tmp_path):
     """Of 20 names and more PEFT keeps endings such as `q_proj`, which the tower has as well that is left out here."""
     tower = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

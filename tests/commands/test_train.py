@@ -282,6 +282,7 @@ def test_what_is_left_open_is_settled_by_base_and_rows_and_recorded(options, tmp
     left_open = {name: value for name, value in options.items() if name not in ("eval_rows", "learning_rate")}
     events: list = []
     settings = {**left_open, "data": str(rows), "max_steps": None, "epochs": 0.02, "eval_every": None}
+    settings["keep_best"] = True  # what is held out by default is enough for it
     result = train(TrainConfig(**settings), events.append)
     said = " ".join(event.text for event in events if isinstance(event, Notice))
     assert "20 of the 1,000 rows are held out" in said and "in all teach little" in said
@@ -564,6 +565,12 @@ def test_allowed_changes_are_said_and_an_optimizer_that_does_not_fit_starts_fres
 
 
 @pytest.mark.slow  # tests/faults/test_damage.py has one
+def test_where_no_step_is_left_nothing_is_said_of_the_next_one_s_rate(interrupted):
+    events: list = []
+    assert run(interrupted, events, resume=True, allow_changes=True, max_steps=4).steps == 5
+    assert not [e for e in events if isinstance(e, Caution) and "learning rate" in e.text]
+
+
 def test_damaged_checkpoints_are_named_and_the_older_used(interrupted):
     root = Path(interrupted["output"]) / CHECKPOINTS
     assert [path.name for path in list_checkpoints(root)] == ["step-00000004", "step-00000005"]
@@ -610,6 +617,47 @@ def test_keep_best_keeps_the_adapter_of_the_lowest_evaluation_loss(options, monk
     assert weights(output) != weights(checkpoint_path(output / CHECKPOINTS, 3))
     assert result.eval_loss == losses[result.best_step], "the figures are of the adapter that is kept"
     assert result.gap["adapter"] == pytest.approx(result.eval_loss, abs=1e-4)
+
+
+def test_with_keep_best_the_last_samples_are_of_the_adapter_that_is_kept(options):
+    events: list = []
+    result = run(options, events, **WORSENING, sample_prompt=("What is 1 + 2?",))
+    samples = [event for event in events if isinstance(event, SampleAnswered)]
+    assert [event.step for event in samples] == [0, result.best_step] and result.best_step < result.steps
+    settings = GenerateConfig(
+        adapter=options["output"],
+        temperature=0,
+        repetition_penalty=1.0,
+        max_new_tokens=64,
+        engine="plain",
+        base_cache=False,
+    )
+    assert samples[-1].answer == generate(settings, ("What is 1 + 2?",), [].append).answers[0]["answer"]
+    assert [line["answer"] for line in metrics(Path(options["output"])) if "answer" in line][-1] == samples[-1].answer
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience_and_not_without(options):
+    changes = WORSENING | {"max_steps": 6, "patience": 1}
+    first = run(options, **changes)
+    assert first.stopped_early and first.steps < 6
+    assert run(options, **changes, resume=True) == first
+    with pytest.raises(CheckpointError, match="stopped early, after 1 evaluation without") as caught:
+        run(options, **changes | {"max_steps": 8}, resume=True, allow_changes=True)
+    assert "--patience 2" in caught.value.hint
+    again = run(options, **changes | {"patience": 9}, resume=True, allow_changes=True)
+    assert again.steps == 6 and not again.stopped_early
+
+
+def test_patience_that_ends_with_the_last_step_is_no_early_stop(options):
+    assert not run(options, **WORSENING | {"patience": 1}).stopped_early
+
+
+def test_losses_of_other_rows_held_out_are_compared_with_none_of_before(options):
+    assert run(options, **WORSENING).best_step < 3
+    events: list = []
+    result = run(options, events, **WORSENING | {"max_steps": 4, "eval_rows": 12}, resume=True, allow_changes=True)
+    assert result.best_step == 4
+    assert any("lowest loss starts anew" in e.text for e in events if isinstance(e, Caution))
 
 
 def test_a_damaged_best_checkpoint_is_said_and_the_last_adapter_kept(options):
@@ -799,6 +847,34 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(options, monkeypat
     assert plan["configuration"]["rank"] == 4 and plan["configuration"]["gradient_checkpointing"] == "off"
     assert json.loads(json.dumps(plan)) == {**plan}
     assert not Path(options["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ()),
+        ({"eval_every": 10}, ("--eval-every 10 is more than the run's 9 steps",)),
+        ({"keep_best": True, "patience": 1}, ()),
+        (
+            {"keep_best": True, "eval_every": 9},
+            ("--keep-best does nothing: it takes 1 evaluation before", "--eval-every 8"),
+        ),
+        (
+            {"patience": 2},
+            ("--patience does nothing: it takes 3 evaluations", "the run has 2. --eval-every 2 makes more"),
+        ),
+        ({"patience": 8, "eval_every": 1}, ("--patience does nothing: it takes 9 evaluations",)),
+        ({"sample_prompt": ("Why?",), "sample_every": 10}, ("--sample-every 10 is more than the run's 9 steps",)),
+        ({"warmup_steps": 9}, ("The warm-up takes all of the run's 9 steps",)),
+        ({"warmup_ratio": 1.0}, ("The warm-up takes all of the run's 9 steps",)),
+        ({"learning_rate": 0.3}, ("--learning-rate 0.3 is far from the 0.0002",)),
+    ],
+)
+def test_what_a_run_s_steps_do_not_come_to_is_said_before_it_begins(options, changes, said):
+    events: list = []
+    run(options, events, **changes, dry_run=True)
+    cautions = [e.text for e in events if isinstance(e, Caution)]
+    assert len(cautions) == bool(said) and all(each in cautions[0] for each in said)
 
 
 def test_a_dry_run_needs_no_weights_and_says_whether_a_card_suffices(options, tmp_path, capsys):

@@ -46,6 +46,13 @@ def test_epochs_may_be_a_fraction_and_max_steps_go_beyond_them():
     assert [n for n in range(3 * whole + 1) if long.ends_epoch(n)] == [whole, 2 * whole, 3 * whole]
 
 
+def test_evaluated_steps_are_those_before_the_last():
+    plan = make(epochs=2.5)
+    ends = [plan.epoch_end(0), plan.epoch_end(1)]
+    assert list(plan.evaluated_steps(None)) == ends and list(plan.evaluated_steps(7)) == [7, 14, 21]
+    assert list(make(epochs=1.0).evaluated_steps(None)) == list(make(max_steps=7).evaluated_steps(7)) == []
+
+
 def test_the_longest_micro_batches_are_of_the_steps_that_will_be_taken():
     plan = make()
     batches = [batch for number in range(1, plan.total_steps + 1) for batch in plan.step(number).micro_batches]

@@ -5,7 +5,7 @@ import torch
 from transformers import get_scheduler
 
 from qlora_cli.config import SCHEDULERS
-from qlora_cli.core.training.lr_schedule import count_warmup_steps, learning_rate_schedule
+from qlora_cli.core.training.lr_schedule import advise_on_rate, count_warmup_steps, learning_rate_schedule
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -39,3 +39,24 @@ def test_warm_up_steps_come_from_the_number_or_the_share():
     assert count_warmup_steps(2, 0.5, 20) == 2
     assert count_warmup_steps(0, 0.5, 20) == 0
     assert count_warmup_steps(50, 0.0, 20) == 20
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_lowest_rate_that_is_taken_has_every_schedule(name):
+    assert learning_rate_schedule(name, peak=1e-9, warmup_steps=0, total_steps=4)(1) == pytest.approx(1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rate", "optimizer", "said"),
+    [
+        (2e-4, None, None),
+        (5e-3, "adamw", None),
+        (1e-5, None, None),
+        (2e-2, None, "mostly diverges"),
+        (2e-9, "lion", "next to nothing"),
+        (0.5, "sgd", None),
+    ],
+)
+def test_a_rate_with_a_wrong_exponent_is_said(rate, optimizer, said):
+    advice = advise_on_rate(rate, 2e-4, optimizer)
+    assert said in advice if said else advice is None

@@ -215,10 +215,10 @@ def read_patterns(items: Sequence[str] | None, names: Iterable[str], flag: str) 
         Full name → value as typed; of several items the first that matches a name gives its value, as in PEFT.
 
     Raises:
-        AdapterError: An item has no value, or matches nothing.
+        AdapterError: An item has no value, or matches nothing, or nothing that those before it have left.
     """
     values: dict[str, str] = {}
-    for item in items or ():
+    for number, item in enumerate(items or ()):
         key, equals, value = item.rpartition("=")
         found = match(key, names, flag) if equals else set()
         if not found:
@@ -226,6 +226,12 @@ def read_patterns(items: Sequence[str] | None, names: Iterable[str], flag: str) 
             raise AdapterError(
                 f"{flag} {item} matches no adapted module." if equals else f"{flag} {item} has no value.",
                 f"Write a name and a value, as {flag} {adapted[0]}=8. The adapted modules are: {', '.join(adapted)}.",
+            )
+        if found <= values.keys():
+            others = [each for each in items or () if each != item]
+            raise AdapterError(
+                f"{flag} {item} does nothing: {', '.join((items or ())[:number])} gives these modules their values before.",
+                f"Leave it out, or put it first: {flag} {','.join([item, *others])}",
             )
         values |= {name: value for name in found if name not in values}
     return values

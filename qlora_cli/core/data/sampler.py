@@ -2,9 +2,10 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, takewhile
 
 import numpy as np
 
@@ -101,6 +102,11 @@ class BatchSampler:
             start = self._ends[-1] if self._ends else 0
             self._ends.append(start + len(self._plan(len(self._ends))))
         return self._ends[epoch]
+
+    def evaluated_steps(self, every: int | None) -> Iterator[int]:
+        """Steps before the last one after which rows held out are evaluated: each of so many, or the last of each epoch."""
+        steps = count(every, every) if every else map(self.epoch_end, count())
+        return takewhile(lambda number: number < self.total_steps, steps)
 
     def digest(self) -> str:
         """SHA-256 of which rows each step of the first epoch takes, in hexadecimal: the same however they are shared."""

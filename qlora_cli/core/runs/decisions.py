@@ -1,6 +1,8 @@
 """Decisions of a training run: what the settings leave open, decided before the base is loaded."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -26,8 +28,10 @@ from qlora_cli.core.storage.disk_space import require_space
 from qlora_cli.core.training.lr_schedule import count_warmup_steps
 from qlora_cli.core.training.optimizer import choose_optimizer, state_bytes
 from qlora_cli.events import Caution, Notice
+from qlora_cli.sizes import format_count
 
 SMALL_FILES_BYTES = 2**24  # tokenizer, curve, metrics, random state: checked for before training
+OFTEN = 9  # evaluations before the last step, where more are proposed
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,8 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
     require_space(run.output, checkpoint_bytes * max(2, config.keep + config.keep_best + 2 - kept_checkpoints))
     total_steps = data.sampler.total_steps
     warmup_steps = count_warmup_steps(config.warmup_steps, config.warmup_ratio, total_steps)
-    if config.warmup_steps and config.warmup_steps > total_steps:
-        run.report(
-            Caution(
-                f"--warmup-steps {config.warmup_steps:,} is more than the run's {total_steps:,} steps: the learning rate "
-                "rises to the end."
-            )
-        )
-    warmed = config.warmup_steps or config.warmup_ratio not in (0, TrainConfig.warmup_ratio)
-    if warmed and config.scheduler == "constant":
-        run.report(
-            Caution("--scheduler constant does without warm-up; constant_with_warmup takes --warmup-steps or -ratio.")
-        )
+    for text in describe_unreached(config, inputs, warmup_steps):
+        run.report(Caution(text))
     if config.compile and run.device.type == "cpu":
         run.report(Notice("Layers are not compiled on a CPU: --compile does nothing."))
     if (refused := foresee_refusal(inputs.files, config)) is not None:
@@ -105,6 +99,32 @@ def decide(run: Run, inputs: RunInputs) -> Decisions:
         checkpoint_bytes=checkpoint_bytes,
         refused_merge=refused,
     )
+
+
+def describe_unreached(config: TrainConfig, inputs: RunInputs, warmup_steps: int) -> Iterator[str]:
+    """What was asked for and a run of these steps does not come to, each as a sentence."""
+    sampler = inputs.data.sampler
+    total_steps, run_steps = sampler.total_steps, f"the run's {format_count(sampler.total_steps, 'step')}"
+    given = config.warmup_steps or config.warmup_ratio not in (0, TrainConfig.warmup_ratio)
+    if given and config.scheduler == "constant":
+        yield "--scheduler constant does without warm-up; constant_with_warmup takes --warmup-steps or -ratio."
+    elif given and warmup_steps == total_steps > 1:
+        yield f"The warm-up takes all of {run_steps}: the learning rate rises to the end."
+    if config.sample_prompt and config.sample_every and config.sample_every > total_steps:
+        yield f"--sample-every {config.sample_every:,} is more than {run_steps}: prompts are asked before and after alone."
+    if inputs.data.eval_sampler is None:
+        return
+    if config.eval_every and config.eval_every > total_steps:
+        yield f"--eval-every {config.eval_every:,} is more than {run_steps}: it is evaluated at its end alone."
+    for flag, needed in (("--keep-best", int(config.keep_best)), ("--patience", (config.patience or -1) + 1)):
+        found = len(list(islice(sampler.evaluated_steps(config.eval_every), needed)))
+        if found < needed:
+            often = (total_steps - 1) // max(needed, OFTEN) or (total_steps - 1) // needed
+            way = f" --eval-every {often} makes more." if often else ""
+            takes = (
+                f"it takes {format_count(needed, 'evaluation')} before the last step, and the run has {found or 'none'}"
+            )
+            yield f"{flag} does nothing: {takes}.{way}"
 
 
 def products_in_8_bits_pay(inputs: RunInputs, memory: RunPlan, max_tokens: int) -> bool:

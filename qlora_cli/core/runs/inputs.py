@@ -25,6 +25,8 @@ from qlora_cli.core.planning.recommendations import (
 )
 from qlora_cli.core.planning.run_plan import profile_run
 from qlora_cli.core.prompts.encoder import encoder_of
+from qlora_cli.core.runs.validate import check_held_out
+from qlora_cli.core.training.lr_schedule import advise_on_rate
 from qlora_cli.core.training.trainer import TrainingData
 from qlora_cli.core.weights.stored_formats import stored_format
 from qlora_cli.errors import DataError
@@ -90,6 +92,7 @@ def read_inputs(run: Run) -> RunInputs:
         ModelError: There is no such base, or its tokenizer makes tokens that it has no embeddings for.
         AdapterError: The adapter cannot be attached to it.
         DataError: The rows cannot be read or trained on, or were prepared with another tokenizer.
+        UsageError: A setting is about rows held out, and none are.
     """
     config = run.config
     assert config.model is not None
@@ -129,6 +132,7 @@ def read_inputs(run: Run) -> RunInputs:
     files.check_token(rows.largest_id(), profile.vocabulary)
     max_length = config.max_length or rows.manifest["max_length"]
     settled = _settle(config, profile, rows, run.report)
+    check_held_out(settled)
     train_rows, eval_rows = split_rows(
         rows, fraction=settled.eval_fraction or 0.0, count=settled.eval_rows, seed=config.seed
     )
@@ -171,9 +175,10 @@ def deal_rows(
 
 def _settle(config: TrainConfig, profile: ModelProfile, rows: PreparedRows, report: Report) -> TrainConfig:
     """The configuration with the learning rate and what is held out, as recommended where they were left open."""
-    rate, fraction, count = config.learning_rate, config.eval_fraction, config.eval_rows
-    if rate is None:
-        rate = recommended_learning_rate(profile.footprint.total_parameters)
+    usual = recommended_learning_rate(profile.footprint.total_parameters)
+    rate, fraction, count = config.learning_rate or usual, config.eval_fraction, config.eval_rows
+    if advice := advise_on_rate(rate, usual, config.optimizer):
+        report(Caution(advice))
     if fraction is None:
         fraction = 0.0
         if count is None and recommended_held_out_rows(len(rows)):

@@ -50,16 +50,26 @@ def _check_train(config: TrainConfig) -> None:
         raise UsageError(
             "Training takes rows from one place.", "Give either --data or --prepared (written by qlora prepare)."
         )
-    for name in ("keep_best", "patience", "eval_every"):
-        if getattr(config, name) and not (config.eval_rows or config.eval_fraction):
-            raise UsageError(
-                f"--{name.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
-            )
+    if config.eval_rows is not None or config.eval_fraction is not None:  # else it depends on how many rows there are
+        check_held_out(config)
     tracker = config.report_to
     if tracker and not any(map(importlib.util.find_spec, PACKAGES.get(tracker, (tracker,)))):
         raise UsageError(
             f"--report-to {tracker} needs a package that is not installed.", f"Type: pip install {tracker}"
         )
+
+
+def check_held_out(config: TrainConfig) -> None:
+    """Checks that rows are held out where the settings are about them.
+
+    Raises:
+        UsageError: None are.
+    """
+    for name in ("keep_best", "patience", "eval_every"):
+        if getattr(config, name) and not (config.eval_rows or config.eval_fraction):
+            raise UsageError(
+                f"--{name.replace('_', '-')} needs rows to evaluate on.", "Add --eval-fraction 0.1 or --eval-rows 100."
+            )
 
 
 @check.register

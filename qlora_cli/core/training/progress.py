@@ -53,6 +53,10 @@ class TrainerState:
     micro_batch_limit_tokens: int | None = None  # set when memory ran out
     loss_scale: LossScale = field(default_factory=LossScale)
 
+    def runs_out_of(self, patience: int | None) -> bool:
+        """Whether so many evaluations, None for any number, have found no lower loss."""
+        return patience is not None and self.evaluations_since_best >= patience
+
 
 def read_trainer_state(source: Checkpoint | Path) -> TrainerState:
     """How far the run had come, by a checkpoint that verified or a directory.

@@ -8,13 +8,16 @@ import torch
 from qlora_cli.artifacts import read_metrics
 from qlora_cli.core.distributed.process_group import ProcessGroup
 from qlora_cli.core.storage.checkpoint import Checkpoint, checkpoint_path, differences, newest_valid, verify_checkpoint
+from qlora_cli.core.training.progress import TrainerState, read_trainer_state
 from qlora_cli.core.training.rng_state import restore_random_state
 from qlora_cli.core.training.state import REQUIRED_FILES, read_random_state
 from qlora_cli.errors import CheckpointError
 from qlora_cli.events import Caution, Notice, Report
+from qlora_cli.sizes import format_count
 
 ABSENT = ("rope_scaling",)  # None in a run saved before there was such a setting
 RATE_JUMP = 1.5  # from one step to the next, more than any schedule takes behind its warm-up
+HELD_OUT_BY = ("eval_rows", "eval_fraction", "seed")  # which rows of the data are
 RANK_STRIDE = 1_000_003  # between the seeds of two ranks
 
 
@@ -77,6 +80,35 @@ def find_shared_checkpoint(
             f"Rank {ranks.rank} cannot read {path}, from which the others go on: {error.message}.",
             "Check that every machine sees the same --output.",
         ) from error
+
+
+def state_to_go_on_from(
+    checkpoint: Checkpoint | None, identity: dict[str, Any], patience: int | None, report: Report
+) -> TrainerState:
+    """How far the run has come, as settings that were changed leave it: a greater patience lets a run go on that has
+    stopped early, and losses of other rows are compared with none of before.
+
+    Raises:
+        CheckpointError: It stopped early, and more or fewer steps are asked for without more patience.
+    """
+    if checkpoint is None:
+        return TrainerState()
+    state, before, now = read_trainer_state(checkpoint), checkpoint.identity["settings"], identity["settings"]
+    changed = {name for name in (*HELD_OUT_BY, "total_steps") if before.get(name, now[name]) != now[name]}
+    others = checkpoint.identity.get("data") != identity["data"] or not changed.isdisjoint(HELD_OUT_BY)
+    if state.best_step is not None and others:
+        state.best_loss, state.best_step, state.evaluations_since_best = None, None, 0
+        report(
+            Caution("Other rows are held out than before, and may have been trained on: the lowest loss starts anew.")
+        )
+    state.stopped_early &= state.runs_out_of(patience)
+    if state.stopped_early and "total_steps" in changed:
+        raise CheckpointError(
+            f"The run saved in {checkpoint.path} stopped early, after {format_count(state.evaluations_since_best, 'evaluation')} "
+            f"without a lower loss: --patience {patience} leaves it no further steps.",
+            f"Add --patience {state.evaluations_since_best + 1}, or more, to go on.",
+        )
+    return state
 
 
 def report_rate(root: Path, step: int, rate: float, report: Report) -> None:

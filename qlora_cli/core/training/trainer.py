@@ -34,6 +34,7 @@ from qlora_cli.core.training.state import Checkpointing
 from qlora_cli.errors import Interrupted, TrainingError, first_line
 from qlora_cli.events import Caution, EvaluationLogged, Event, Notice, StepLogged
 from qlora_cli.kernels.experts.operands import workspace
+from qlora_cli.sizes import format_count
 
 NONFINITE_STEPS_TOLERATED = 2  # in a row; one more ends the run
 STRAINED_STEPS = 3  # in a row, in which the allocator ran against its limit: the first ones of a run may well
@@ -322,22 +323,19 @@ class Trainer:
             state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
         else:
             state.evaluations_since_best += 1
-            state.stopped_early = self.patience is not None and state.evaluations_since_best >= self.patience
+            state.stopped_early = state.step < self.sampler.total_steps and state.runs_out_of(self.patience)
         self.reporter.report(EvaluationLogged(state.step, loss, math.exp(loss) if loss < 700 else math.inf))
         if better and self.checkpointing.keep_best:
             self._save_once()
         if state.stopped_early:
             best = f" than that of step {state.best_step}" if state.best_step else ""
-            self.reporter.report(
-                Notice(
-                    f"Stopped at step {state.step}: {state.evaluations_since_best} evaluations without a lower "
-                    f"loss{best}."
-                )
-            )
+            vain = format_count(state.evaluations_since_best, "evaluation")
+            self.reporter.report(Notice(f"Stopped at step {state.step}: {vain} without a lower loss{best}."))
 
     def _ask_samples(self) -> None:
-        """Has the sample prompts answered where that is due; a signal comes first."""
-        step, at_end = self.state.step, self.state.step == self.sampler.total_steps or self.state.stopped_early
+        """Has the sample prompts answered where that is due; a signal comes first. At the end only where this adapter is kept."""
+        step, best = self.state.step, self.state.best_step if self.checkpointing.keep_best else None
+        at_end = (step == self.sampler.total_steps or self.state.stopped_early) and best in (None, step)
         due = step == 0 or at_end or (self.sample_every is not None and step % self.sample_every == 0)
         if self.ask_samples is None or not due or step == self.sampled_step or self.stop.signal_number is not None:
             return
