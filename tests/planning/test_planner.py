@@ -217,6 +217,12 @@ def test_rows_are_shortened_and_then_the_rank_is_lowered():
     assert decision.fits
 
 
+@pytest.mark.parametrize("max_length", [128, 200])
+def test_beside_rows_too_short_to_halve_the_rank_is_lowered(max_length):
+    changes, decision = suggest(leanest_bytes(max_length=max_length) - 2**20, max_length=max_length)
+    assert "max_length" not in changes and changes["rank"] < 16 and decision.fits
+
+
 def test_where_nothing_fits_nothing_is_suggested():
     assert suggest(GIB // 4, rank=2) is None
 

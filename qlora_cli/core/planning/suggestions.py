@@ -51,9 +51,8 @@ def suggest_fit(
     rows = [lengths, *(replace(lengths, max_length=tokens) for tokens in halves)]
 
     def lower_ranks() -> Iterator[int]:
-        # A lower rank saves next to nothing beside rows that are short already. Each takes a trace of the model, so
-        # that none is tried where the lowest is too high.
-        if len(rows) > 1 and rank > 1:
+        # Each takes a trace of the model, so that none is tried where the lowest is too high.
+        if rank > 1:
             lowest = plan_training(profile_with_rank(1), smallest, rows[-1], vram_bytes=vram_bytes)
             yield from takewhile(bool, (rank >> n for n in count(1))) if lowest.fits else ()
 
