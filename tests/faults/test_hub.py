@@ -1,5 +1,6 @@
 """A hub that drops, truncates, stalls and refuses: downloads are tried again, or end in one clear sentence."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
+from qlora_cli.core.models import hub as module
+from qlora_cli.core.storage import disk_space
+from qlora_cli.errors import QloraError
 from qlora_cli.sizes import format_bytes
 from tests.hub import PROJECT
 
@@ -87,6 +92,38 @@ def test_a_hub_out_of_reach_is_said_and_what_is_cached_still_works(download, hub
     assert download("").code == 0
     cached = download("status:503")
     assert cached.code == 0 and whole(tmp_path / "cache", hub[0].directory), cached.said
+
+
+@pytest.mark.parametrize(
+    ("number", "free_bytes", "code", "said"),
+    [
+        (errno.EROFS, 10**9, 1, "cannot be written: Read-only file system"),
+        (errno.EACCES, 10**9, 1, "cannot be written: Permission denied"),
+        (errno.ENOSPC, 10**9, 74, "The disk is full"),
+        (0, 99_999, 74, "97.7 KiB are needed for"),
+    ],
+)  # fmt: skip
+def test_a_cache_that_takes_no_download_is_said_at_once_with_where_else_it_may_go(
+    monkeypatch, tmp_path, number, free_bytes, code, said
+):
+    asked = []
+
+    def download(*arguments: Any, **keywords: Any) -> str:
+        asked.append(arguments)
+        raise OSError(number, os.strerror(number))
+
+    begun = tmp_path / "models--org--model" / "blobs" / "a.incomplete"  # which is there, and needs no room
+    begun.parent.mkdir(parents=True)
+    begun.write_bytes(bytes(100))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_list_files", lambda *_: ("c" * 40, {"model.safetensors": 100_100}))
+    monkeypatch.setattr(module, "snapshot_download", download)
+    monkeypatch.setattr(disk_space, "free_disk_bytes", lambda path: free_bytes)
+    with pytest.raises(QloraError, match=said) as caught:
+        module.download_snapshot("org/model", None, ["*"], kind="model", report=lambda event: None)
+    assert len(asked) == (1 if number else 0) and str(tmp_path) in caught.value.message
+    assert "export HF_HUB_CACHE=" in (caught.value.hint or "") and caught.value.exit_code == code
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import re
 import shlex
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects
 from tqdm.auto import tqdm
 
@@ -28,6 +29,7 @@ from qlora_cli.artifacts import (
     write_json,
 )
 from qlora_cli.core.storage.content_digest import content_digests, was_written_since
+from qlora_cli.core.storage.disk_space import describe_place_refused, is_closed_or_full, require_space
 from qlora_cli.core.storage.temporaries import heal, sweep
 from qlora_cli.errors import ModelError, first_line
 from qlora_cli.events import Caution, Notice, Progress, Report, report_nothing
@@ -44,6 +46,7 @@ READ_FILES = CONFIG_FILES + TOKENIZER_FILES + PROCESSOR_FILES + CODE_FILES
 OTHER_FOLDERS = [f"{TEMPLATES[:end]}[!{TEMPLATES[end]}]*/*" for end in range(len(TEMPLATES))]
 OTHER_FOLDERS += [f"{TEMPLATES[:end]}/*" for end in range(len(TEMPLATES))]
 BLOB = re.compile("[0-9a-f]{64}")  # how the hub's cache calls a large file: by its SHA-256
+ANOTHER_CACHE = "Have downloads kept where there is room: export HF_HUB_CACHE=/another/directory"  # the token stays
 ATTEMPTS = 5
 ANSWER_SECONDS = 5.0  # that the hub has to answer a question, so that it is said within ten where it cannot be reached
 FIRST_PAUSE_SECONDS = 2.0  # doubled after each further failure
@@ -182,6 +185,8 @@ def _fetch_snapshot(repository: str, revision: str | None, patterns: list[str], 
                 raise ModelError(
                     f"The hub refuses the {kind} {repository} to this account (HTTP {status}).", "Run: hf auth login"
                 ) from error
+            if is_closed_or_full(error):  # asking again would download all of it again, to the same end
+                raise describe_place_refused(error, Path(hub_constants.HF_HUB_CACHE), ANOTHER_CACHE) from error
             reason = _reason(error)
             if attempt == ATTEMPTS:
                 raise ModelError(
@@ -220,6 +225,9 @@ def _download(
         files = f"{len(sizes)} files" if len(sizes) > 1 else missing[0]
         here = f", of which {format_bytes(cached_bytes)} are here already" if cached_bytes else ""
         report(Notice(f"{task}: {files}, {format_bytes(total_bytes)}{here}."))
+    folder = Path(hub_constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type=wanted["repo_type"]))
+    begun_bytes = sum(path.stat().st_size for path in folder.glob("blobs/*.incomplete"))
+    require_space(folder, total_bytes - cached_bytes - begun_bytes, ANOTHER_CACHE)
 
     def progress(arrived_bytes: int) -> None:
         report(Progress(task, min(cached_bytes + arrived_bytes, total_bytes - 1), total_bytes, "bytes"))
@@ -314,15 +322,18 @@ def _list_files(repository: str, revision: str | None, wanted: dict[str, Any]) -
         timeout=ANSWER_SECONDS,
     )
     sizes = {file.rfilename: file.size or 0 for file in getattr(info, "siblings", None) or ()}
-    names = filter_repo_objects(
-        sizes, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"]
+    return str(info.sha), {name: sizes[name] for name in _wanted_of(sizes, wanted)}
+
+
+def _wanted_of(names: Iterable[str], wanted: dict[str, Any]) -> list[str]:
+    return list(
+        filter_repo_objects(names, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"])
     )
-    return str(info.sha), {name: sizes[name] for name in names}
 
 
 def _listing_path(repository: str, kind: str, commit: str) -> Path:
     """Where the names and bytes of the files wanted of a commit are kept, so that a broken download is known offline."""
-    return cache_root() / "hub" / f"{kind}s--{repository.replace('/', '--')}@{commit}.json"
+    return cache_root() / "hub" / f"{repo_folder_name(repo_id=repository, repo_type=kind)}@{commit}.json"
 
 
 def _keep_listing(repository: str, kind: str, commit: str, sizes: dict[str, int]) -> None:
@@ -350,15 +361,9 @@ def _require_whole(directory: Path, repository: str, wanted: dict[str, Any]) -> 
         ModelError: A file of the listing kept when it was begun is missing, or has another size.
     """
     sizes = _read_listing(_listing_path(repository, wanted["repo_type"], directory.name))
-    names = list(
-        filter_repo_objects(sizes, allow_patterns=wanted["allow_patterns"], ignore_patterns=wanted["ignore_patterns"])
-    )
-    here = [
-        name
-        for name in names
-        if (directory / name).is_file()
-        and (directory / name).stat().st_size == (sizes[name] or (directory / name).stat().st_size)
-    ]
+    names = _wanted_of(sizes, wanted)
+    paths = {name: directory / name for name in names}  # of a size that is 0 the hub has not said it
+    here = [name for name, path in paths.items() if path.is_file() and sizes[name] in (0, path.stat().st_size)]
     if lacking := sorted(set(names) - set(here)):
         raise ModelError(
             f"{len(here)} of {len(names)} files of {repository} are in the hub cache, {lacking[0]} is not, and the hub is "

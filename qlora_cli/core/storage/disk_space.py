@@ -13,6 +13,7 @@ from qlora_cli.errors import DiskFull, QloraError, RunError
 from qlora_cli.sizes import format_bytes
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _OF_FILES = {
     getattr(errno, name)
     for name in (
@@ -32,8 +33,11 @@ def free_disk_bytes(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def require_space(path: Path, needed_bytes: int) -> None:
-    """Checks that the disk of `path` (which may not exist yet) has room.
+ANOTHER_OUTPUT = "Free some space, or choose an --output on another disk."
+
+
+def require_space(path: Path, needed_bytes: int, way: str = ANOTHER_OUTPUT) -> None:
+    """Checks that the disk of `path` (which may not exist yet) has room; `way` is what to do where it has none.
 
     Raises:
         DiskFull: It has less than `needed_bytes` free.
@@ -42,7 +46,7 @@ def require_space(path: Path, needed_bytes: int) -> None:
     if free_bytes < needed_bytes:
         raise DiskFull(
             f"{format_bytes(needed_bytes)} are needed for {path}, and its disk has {format_bytes(free_bytes)} free.",
-            "Free some space, or choose an --output on another disk.",
+            way,
         )
 
 
@@ -66,6 +70,25 @@ def name_limit(error: BaseException) -> str:
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write met a full disk, a quota or a limit on the size of files."""
     return error_number(error) in _DISK_FULL
+
+
+def is_closed_or_full(error: BaseException) -> bool:
+    """Whether a write met a place that takes nothing now and in a moment: `is_disk_full`, read-only, or not this user's."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL | _CLOSED
+
+
+def describe_place_refused(error: BaseException, path: Path, way: str) -> QloraError:
+    """What a write to `path` met that `is_closed_or_full`, with what is free there, and the way on."""
+    if not is_disk_full(error):
+        return RunError(f"{path} cannot be written: {os.strerror(error_number(error) or 0)}.", way)
+    return DiskFull(f"{name_limit(error)}: {path} could not be written, with {_free(path)}.", way)
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{format_bytes(free_disk_bytes(path))} free"
+    except OSError:  # quotas and dying disks refuse this too
+        return "an unknown number of bytes free"
 
 
 def describe_refusal(error: BaseException) -> QloraError | None:
@@ -99,17 +122,11 @@ def reporting_disk_full(path: Path, needed_bytes: int | None = None) -> Iterator
             if (refusal := describe_refusal(error)) is not None:
                 raise refusal from error
             raise
-        try:
-            free = f"{format_bytes(free_disk_bytes(path))} free"
-        except OSError:  # quotas and dying disks refuse this too
-            free = "an unknown number of bytes free"
         if needed_bytes is None:
-            raise DiskFull(
-                f"{name_limit(error)}: {intended(path)} could not be written, with {free}.",
-                "Free some space, or choose an --output on another disk, and run the command again.",
-            ) from error
+            way = "Free some space, or choose an --output on another disk, and run the command again."
+            raise describe_place_refused(error, intended(path), way) from error
         raise DiskFull(
-            f"{name_limit(error)}: {format_bytes(needed_bytes)} are needed in {path}, with {free}; "
+            f"{name_limit(error)}: {format_bytes(needed_bytes)} are needed in {path}, with {_free(path)}; "
             "the checkpoints already written are intact.",
             "Free some space and run the command again with --resume, or choose an --output on another disk.",
         ) from error
