@@ -349,3 +349,17 @@ def test_what_is_no_adapter_is_called_what_it_is(tmp_path):
         read_adapter(Path("org/adapter"))
     assert caught.value.hint.endswith("hf download org/adapter --local-dir adapter")
     assert said["other/notes.txt"][0] == "it is a file, and an adapter is a directory."
+
+
+@pytest.mark.parametrize("line", ["inspect", "generate --adapter out hello", "train --model base --data rows.jsonl"])
+def test_a_current_directory_that_was_removed_is_said(line, tmp_path, monkeypatch, capsys):
+    """Before torch is imported, which ends the process there."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(line.split()) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: The current directory is not there any more: it was removed, or made anew under its name.\n"
+        '→ Type: cd "$PWD", or cd to another one, and the command again.\n'
+    )

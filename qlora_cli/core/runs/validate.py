@@ -114,6 +114,13 @@ def check_places(config: Any) -> None:
     Raises:
         QloraError: As the command would, once it has imported that library.
     """
+    try:
+        Path.cwd()  # without one torch ends the process when it is imported
+    except FileNotFoundError as error:
+        raise UsageError(
+            "The current directory is not there any more: it was removed, or made anew under its name.",
+            'Type: cd "$PWD", or cd to another one, and the command again.',
+        ) from error
     adapter, prepared, prompts = (getattr(config, name, None) for name in ("adapter", "prepared", "input"))
     model = getattr(config, "model", None)
     if model and not (Path(model).expanduser() / "config.json").is_file():
