@@ -93,7 +93,7 @@ def test_mistakes_are_said_before_anything_is_imported(tmp_path):
     lines = [
         ["train", "--rank", "0"],
         ["train", "--model", "m"],
-        ["train", "--model", "m", "--data", "d", "--keep-best"],
+        ["train", "--model", "m", "--data", "d", "--keep-best", "--eval-fraction", "0"],
         ["train", "--model", "m", "--data", "d", "--report-to", "trackio"],
         ["prepare", "--model", "m"],
         ["generate", "hello"],
