@@ -6,6 +6,10 @@ from qlora_cli import interrupts
 
 interrupts.install()  # before anything that takes time to import
 
+from qlora_cli.home import settle_home  # noqa: E402
+
+settle_home()
+
 from qlora_cli.cli.waiting import FIRST_SIGN  # noqa: E402
 
 FIRST_SIGN.show()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_cli.cli.quiet import quiet_call
 from qlora_cli.config import GenerateConfig, InspectConfig, MergeConfig, PrepareConfig, TrainConfig
 from qlora_cli.events import Report, TextGenerated
+from qlora_cli.home import settle_home
 
 if TYPE_CHECKING:
     from qlora_cli.commands.generate import GenerateResult
@@ -50,6 +51,7 @@ def inspect(config: InspectConfig | None = None, report: Report | None = None) -
 
 
 def _run(command: str, report: Report | None, *settings: Any) -> Any:
+    settle_home()
     with quiet_call():
         work = getattr(import_module(f"qlora_cli.commands.{command}"), command)
     with quiet_call():  # again, of libraries that have been imported by now
